@@ -1,0 +1,29 @@
+"""Fused LSTM, GRU and RNN for PyTorch: drop-in replacements for the recurrent modules of torch.nn.
+
+    import fusedrnn
+    lstm = fusedrnn.LSTM(input_size=64, hidden_size=128)  # instead of torch.nn.LSTM
+    fusedrnn.convert(model)                               # every torch.nn RNN inside a model
+    with fusedrnn.patch(): ...                            # torch.nn.LSTM is fusedrnn.LSTM in here
+
+Derivatives of any order work; no gradient, no memory for one.
+"""
+
+from . import functional, ops, reference
+from .cells import GRUCell, LSTMCell, RNNCell
+from .convert import convert, patch
+from .modules import GRU, LSTM, RNN
+
+__all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
+    "GRUCell",
+    "LSTMCell",
+    "RNNCell",
+    "convert",
+    "functional",
+    "ops",
+    "patch",
+    "reference",
+]
+__version__ = "0.1.0"

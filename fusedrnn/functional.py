@@ -1,0 +1,330 @@
+"""Whole recurrent networks as functions: layers, directions, dropout between them, packed batches.
+
+:func:`lstm`, :func:`gru` and :func:`rnn` need no module: they take the weights as a flat sequence
+in the order of ``torch.nn.LSTM(...)._flat_weights``, for each layer and in it each direction
+``w_ih, w_hh``, then ``b_ih, b_hh`` if there are biases, then ``w_hr`` if ``h`` is projected.
+
+Under :class:`torch.autocast` the input, the states and the weights are cast to the autocast dtype
+(float64 ones are left alone) and so is the result; the LSTM's c stays in float32 between steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from . import ops
+from .autograd import Layer
+
+States = tuple[Tensor, ...]  # (h,) or (h, c)
+Check = Callable[[Tensor, States | None, Tensor | None], None]  # (input, states, batch_sizes)
+
+autocast_enabled = torch._C._is_any_autocast_enabled
+
+
+def lstm(
+    input: Tensor | PackedSequence,
+    weights: Sequence[Tensor],
+    hx: tuple[Tensor, Tensor] | None = None,
+    *,
+    num_layers: int = 1,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    dropout: float = 0.0,
+    training: bool = False,
+) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
+    """A multi-layer LSTM, ``torch.nn.LSTM`` without the module.
+
+    For each layer, with ``*`` elementwise (formulas of :class:`torch.nn.LSTM`)::
+
+        i, f, o = sigmoid(W_ih x + b_ih + W_hh h_prev + b_hh)   (each with its rows of the weights)
+        g       = tanh(W_ih x + b_ih + W_hh h_prev + b_hh)
+        c       = f * c_prev + i * g
+        h       = o * tanh(c)            (then W_hr h, if projected)
+
+    Args:
+        input: ``[T, N, I]``, ``[N, T, I]`` if ``batch_first``, ``[T, I]`` for a single sequence, or
+            a ``PackedSequence``. float32, float64, bfloat16 or float16, as all the others.
+        weights: ``w_ih [4H, I], w_hh [4H, P][, b_ih [4H], b_hh [4H]][, w_hr [P, H]]`` of each layer
+            and direction; gates in the order i f g o. P is H unless projected; after the first
+            layer I is ``D * P``.
+        hx: initial ``(h_0 [L*D, N, P], c_0 [L*D, N, H])``, without N for a single sequence; zeros
+            by default. L layers, D directions.
+        num_layers, bidirectional, batch_first: as in :class:`torch.nn.LSTM`.
+        dropout: probability of zeroing an element between layers, if ``training``.
+
+    Returns:
+        ``output`` (as the input, with ``D * P`` features) and ``(h_n, c_n)``, shaped as ``hx``.
+
+    Raises:
+        ValueError: the input's number of dimensions, its dtype (unlike the weights'), or the number
+            of weights is wrong.
+        RuntimeError: sizes disagree, or the sequence is empty.
+    """
+    output, (h_n, c_n) = _call(
+        "lstm", input, hx, weights, num_layers, bidirectional, batch_first, dropout * training
+    )
+    return output, (h_n, c_n)
+
+
+def gru(
+    input: Tensor | PackedSequence,
+    weights: Sequence[Tensor],
+    hx: Tensor | None = None,
+    *,
+    num_layers: int = 1,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    dropout: float = 0.0,
+    training: bool = False,
+) -> tuple[Tensor | PackedSequence, Tensor]:
+    """A multi-layer GRU, ``torch.nn.GRU`` without the module.
+
+    For each layer, with ``*`` elementwise (formulas of :class:`torch.nn.GRU`; the reset gate acts
+    after the recurrent matmul)::
+
+        r = sigmoid(W_ir x + b_ir + W_hr h_prev + b_hr)
+        z = sigmoid(W_iz x + b_iz + W_hz h_prev + b_hz)
+        n = tanh(W_in x + b_in + r * (W_hn h_prev + b_hn))
+        h = (1 - z) * n + z * h_prev
+
+    Args, results and errors are those of :func:`lstm`, with three gates in the order r z n, no
+    projection, and ``hx`` a tensor ``h_0 [L*D, N, H]``; returns ``output, h_n``.
+    """
+    output, (h_n,) = _call(
+        "gru", input, hx, weights, num_layers, bidirectional, batch_first, dropout * training
+    )
+    return output, h_n
+
+
+def rnn(
+    input: Tensor | PackedSequence,
+    weights: Sequence[Tensor],
+    hx: Tensor | None = None,
+    *,
+    nonlinearity: str = "tanh",
+    num_layers: int = 1,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    dropout: float = 0.0,
+    training: bool = False,
+) -> tuple[Tensor | PackedSequence, Tensor]:
+    """A multi-layer Elman RNN, ``torch.nn.RNN`` without the module.
+
+    For each layer ``h = tanh(W_ih x + b_ih + W_hh h_prev + b_hh)``, or ``max(0, .)`` if
+    ``nonlinearity`` is ``"relu"`` (formula of :class:`torch.nn.RNN`).
+
+    Args, results and errors are those of :func:`gru`, with one "gate"; another ``nonlinearity``
+    than ``"tanh"`` or ``"relu"`` is a ValueError.
+    """
+    if nonlinearity not in ("tanh", "relu"):
+        raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
+    cell = f"rnn_{nonlinearity}"
+    output, (h_n,) = _call(
+        cell, input, hx, weights, num_layers, bidirectional, batch_first, dropout * training
+    )
+    return output, h_n
+
+
+def layer(
+    cell: str,
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    directions: int,
+) -> tuple[Tensor, ...]:
+    """One layer as the ops take it: ``y, h_n, c_n, ...``; saves nothing if no gradient is due."""
+    if torch.is_grad_enabled() and (
+        x.requires_grad
+        or any(w.requires_grad for w in weights)
+        or (h0 is not None and h0.requires_grad)
+        or (c0 is not None and c0.requires_grad)
+    ):
+        return Layer.apply(cell, directions, batch_sizes, x, h0, c0, *weights)
+    return ops.forward[cell](x, h0, c0, weights, batch_sizes, directions, False)
+
+
+def network(
+    cell: str,
+    input: Tensor | PackedSequence,
+    hx: Any,
+    weights: Sequence[Tensor],
+    num_layers: int,
+    directions: int,
+    batch_first: bool,
+    dropout: float,
+    check: Check,
+) -> tuple[Any, States]:
+    """What the functions and the modules share: any input torch.nn takes, through all the layers.
+
+    ``check`` raises torch.nn's error; it is called where dtypes or shapes are not the plain ones.
+    """
+    states: States | None = None
+    if hx is not None:
+        states = (hx[0], hx[1]) if cell == "lstm" else (hx,)
+    batch_sizes = sorted_indices = unsorted_indices = None
+    packed = isinstance(input, PackedSequence)
+    batched, batch_dim = True, 0 if batch_first else 1
+    x: Tensor
+    if isinstance(input, PackedSequence):
+        x, batch_sizes, sorted_indices, unsorted_indices = input
+        if states is not None and sorted_indices is not None:
+            states = tuple(s.index_select(1, sorted_indices) for s in states)
+        batch = int(batch_sizes[0]) if sorted_indices is None else sorted_indices.shape[0]
+    else:
+        x = input
+        batched = x.dim() == 3
+        _check_dimensions(cell, x, states)
+        if not batched:
+            x = x.unsqueeze(batch_dim)
+            states = None if states is None else tuple(s.unsqueeze(1) for s in states)
+        batch = x.shape[batch_dim]
+
+    w_ih, w_hh = weights[0], weights[1]
+    rows = num_layers * directions
+    expected = ((rows, batch, w_hh.shape[1]), (rows, batch, w_ih.shape[0] // ops.GATES[cell]))
+    if (
+        x.dtype != w_ih.dtype
+        or x.dim() != (2 if packed else 3)
+        or x.shape[-1] != w_ih.shape[1]
+        or (
+            states is not None and any(s.shape != e for s, e in zip(states, expected, strict=False))
+        )
+    ):
+        check(x, states, batch_sizes)
+
+    if packed:
+        if states is None:
+            count = 2 if cell == "lstm" else 1
+            states = tuple(x.new_zeros(e) for e in expected[:count])
+    else:
+        if batch_first:
+            x = x.transpose(0, 1)
+        if x.shape[0] == 0:
+            raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+
+    y, finals = stack(cell, x, states, weights, batch_sizes, num_layers, directions, dropout)
+
+    if packed:
+        if unsorted_indices is not None:
+            finals = tuple(s.index_select(1, unsorted_indices) for s in finals)
+        return PackedSequence(y, batch_sizes, sorted_indices, unsorted_indices), finals
+    if batch_first:
+        y = y.transpose(0, 1)
+    if not batched:
+        y, finals = y.squeeze(batch_dim), tuple(s.squeeze(1) for s in finals)
+    return y, finals
+
+
+def stack(
+    cell: str,
+    x: Tensor,
+    states: States | None,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    num_layers: int,
+    directions: int,
+    dropout: float,
+) -> tuple[Tensor, States]:
+    """All the layers on time-major or packed ``x``, under autocast in its dtype."""
+    device = x.device.type
+    if autocast_enabled() and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        with torch.autocast(device, enabled=False):
+            x, *states_ = _cast((x, *(states or ())), dtype)
+            weights = _cast(weights, dtype)
+            return stack(
+                cell, x, states and tuple(states_), weights, batch_sizes, num_layers, directions,
+                dropout,
+            )  # fmt: skip
+    count = len(weights) // num_layers
+    finals: list[States] = []
+    for k in range(num_layers):
+        if k > 0 and dropout > 0:
+            x = torch.dropout(x, dropout, True)
+        h0 = c0 = None
+        if states is not None:
+            own = slice(k * directions, (k + 1) * directions)
+            h0 = states[0][own]
+            c0 = states[1][own] if cell == "lstm" else None
+        x, h_n, c_n, *_ = layer(
+            cell, x, h0, c0, weights[k * count : (k + 1) * count], batch_sizes, directions
+        )
+        finals.append((h_n, c_n) if cell == "lstm" else (h_n,))
+    if num_layers == 1:
+        return x, finals[0]
+    return x, tuple(torch.cat(s) for s in zip(*finals, strict=True))
+
+
+def _cast(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """What autocast does to arguments: float64 and integers stay."""
+    return [
+        t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors
+    ]
+
+
+def _check_dimensions(cell: str, x: Tensor, states: States | None) -> None:
+    """torch.nn's errors about the number of dimensions of the input and the states."""
+    dim = x.dim()
+    if dim not in (2, 3):
+        name, tail = ("RNN", "D tensor") if cell.startswith("rnn") else (cell.upper(), "D")
+        raise ValueError(f"{name}: Expected input to be 2D or 3D, got {dim}{tail} instead")
+    if states is not None and any(s.dim() != dim for s in states):
+        which = "batched 3-D" if dim == 3 else "unbatched 2-D"
+        if cell == "lstm":
+            raise RuntimeError(
+                f"For {which} input, hx and cx should also be {dim}-D "
+                f"but got ({states[0].dim()}-D, {states[1].dim()}-D) tensors"
+            )
+        raise RuntimeError(
+            f"For {which} input, hx should also be {dim}-D but got {states[0].dim()}-D tensor"
+        )
+
+
+def _call(
+    cell: str,
+    input: Tensor | PackedSequence,
+    hx: Any,
+    weights: Sequence[Tensor],
+    num_layers: int,
+    bidirectional: bool,
+    batch_first: bool,
+    dropout: float,
+) -> tuple[Any, States]:
+    directions = 2 if bidirectional else 1
+    count, rest = divmod(len(weights), num_layers * directions)
+    if rest or count not in ((2, 3, 4, 5) if cell == "lstm" else (2, 4)):
+        raise ValueError(
+            f"{cell}: got {len(weights)} weights for {num_layers} layers of {directions} directions"
+        )
+
+    def check(x: Tensor, states: States | None, batch_sizes: Tensor | None) -> None:
+        w_ih, w_hh = weights[0], weights[1]
+        if x.dtype != w_ih.dtype and not autocast_enabled():
+            raise ValueError(
+                f"RNN input dtype ({x.dtype}) does not match weight dtype ({w_ih.dtype}). "
+                f"Convert input: input.to({w_ih.dtype}), or convert model: model.to({x.dtype})"
+            )
+        dim = 3 if batch_sizes is None else 2
+        if x.dim() != dim:
+            raise RuntimeError(f"input must have {dim} dimensions, got {x.dim()}")
+        if x.shape[-1] != w_ih.shape[1]:
+            raise RuntimeError(
+                "input.size(-1) must be equal to input_size. "
+                f"Expected {w_ih.shape[1]}, got {x.shape[-1]}"
+            )
+        batch = x.shape[0 if batch_first else 1] if batch_sizes is None else int(batch_sizes[0])
+        sizes = (w_hh.shape[1], w_ih.shape[0] // ops.GATES[cell])
+        for k, s in enumerate(states or ()):
+            expected = (num_layers * directions, batch, sizes[k])
+            if s.shape != expected:
+                name = f"hidden[{k}]" if cell == "lstm" else "hidden"
+                raise RuntimeError(f"Expected {name} size {expected}, got {list(s.shape)}")
+
+    return network(cell, input, hx, weights, num_layers, directions, batch_first, dropout, check)

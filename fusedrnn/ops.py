@@ -1,0 +1,114 @@
+"""The compiled ops: loads the libraries and tells torch the ops' shapes (fake kernels).
+
+One op a cell, ``fusedrnn::{lstm,gru,rnn_tanh,rnn_relu}``, runs a whole layer in all its directions,
+and one, ``fusedrnn::<cell>_backward``, gives its gradients::
+
+    <cell>(Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? batch_sizes,
+           int directions, bool save)
+        -> (Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)
+    <cell>_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n,
+                    Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? batch_sizes,
+                    int directions, Tensor y, Tensor gates, Tensor cells, int needs)
+        -> (Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dweights)
+
+The arguments up to ``batch_sizes`` are those of :func:`fusedrnn.reference.lstm`. With ``save`` the
+forward op keeps what the backward op reads: ``gates [rows, D, S, H]``, the S activated gates of
+each unit, and for the LSTM ``cells [rows, D, H]``, every c in float32 (float64 for float64).
+``needs`` is a bit mask of the gradients asked for: 0 dx, 1 dh0, 2 dc0, 3 + i weight i.
+Whatever is not asked for or does not exist is an empty ``[0]`` tensor.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
+GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}  # G, rows of w_ih per hidden unit
+SAVED = {"lstm": 4, "gru": 4, "rnn_tanh": 0, "rnn_relu": 0}  # S, values kept per hidden unit
+
+_SUFFIX = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
+_LIB = Path(__file__).parent / "lib"
+
+
+def _load() -> None:
+    library = _LIB / f"libfusedrnn{_SUFFIX}"
+    if not library.exists():
+        raise ImportError(
+            f"fusedrnn's compiled library was not found at {library}; reinstall with pip install ."
+        )
+    torch.ops.load_library(library)
+    cuda = _LIB / f"libfusedrnn_cuda{_SUFFIX}"
+    if torch.version.cuda is not None and cuda.exists():
+        torch.ops.load_library(cuda)
+
+
+def _fake_forward(
+    cell: str,
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    directions: int,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    w_hh = weights[1]
+    hidden, projected = w_hh.shape[0] // GATES[cell], w_hh.shape[1]
+    lead = x.shape[:-1]
+    rows = lead.numel()
+    batch: int | torch.SymInt
+    if batch_sizes is None:
+        batch = x.shape[1]
+    elif h0 is not None:
+        batch = h0.shape[1]
+    else:
+        batch = torch.library.get_ctx().new_dynamic_size()
+    y = x.new_empty(*lead, directions * projected)
+    h_n = x.new_empty(directions, batch, projected)
+    c_n = gates = cells = x.new_empty(0)
+    if cell == "lstm":
+        c_n = x.new_empty(directions, batch, hidden)
+        if save:
+            state = torch.float64 if x.dtype == torch.float64 else torch.float32
+            cells = x.new_empty(rows, directions, hidden, dtype=state)
+    if save:
+        has_projection = len(weights) // directions % 2  # then h before the projection is kept too
+        gates = x.new_empty(rows, directions, SAVED[cell] + has_projection, hidden)
+    return y, h_n, c_n, gates, cells
+
+
+def _fake_backward(
+    cell: str,
+    dy: Tensor | None,
+    dh_n: Tensor | None,
+    dc_n: Tensor | None,
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    directions: int,
+    y: Tensor,
+    gates: Tensor,
+    cells: Tensor,
+    needs: int,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    def gradient(bit: int, of: Tensor | None) -> Tensor:
+        return x.new_empty(of.shape if of is not None and needs >> bit & 1 else (0,))
+
+    dweights = [gradient(3 + i, w) for i, w in enumerate(weights)]
+    return gradient(0, x), gradient(1, h0), gradient(2, c0), dweights
+
+
+_load()
+forward = {cell: getattr(torch.ops.fusedrnn, cell).default for cell in CELLS}
+backward = {cell: getattr(torch.ops.fusedrnn, f"{cell}_backward").default for cell in CELLS}
+for _cell in CELLS:
+    torch.library.register_fake(f"fusedrnn::{_cell}", partial(_fake_forward, _cell))
+    torch.library.register_fake(f"fusedrnn::{_cell}_backward", partial(_fake_backward, _cell))
