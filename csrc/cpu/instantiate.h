@@ -1,0 +1,65 @@
+// Defines the table of kernels of one instruction set. Included once by each kernels_<instruction set>.cpp.
+#pragma once
+
+#include "../cells/gru.h"
+#include "../cells/lstm.h"
+#include "../cells/rnn.h"
+#include "backward.h"
+#include "forward.h"
+#include "kernels.h"
+
+namespace fusedrnn::FUSEDRNN_ISA {
+
+// Runs each direction's pass: both at once on half of the team each, or one after the other.
+template <class Pass>
+void run_directions(Pass** passes, int count, const Member& me, Barrier* half_barriers) {
+  if (count == 2 && me.size % 2 == 0) {
+    const int half = me.size / 2, direction = me.id / half;
+    passes[direction]->run({me.id % half, half, half_barriers + direction});
+  } else {
+    for (int d = 0; d < count; ++d) passes[d]->run(me);
+  }
+}
+
+template <class Cell, class S, bool save>
+void forward_directions(const Forward<S>* p, int count, int threads) {
+  using Pass = ForwardPass<Cell, S, save>;
+  alignas(Pass) char memory[2][sizeof(Pass)];
+  Pass* passes[2];
+  Barrier half_barriers[2];
+  for (int d = 0; d < count; ++d) passes[d] = new (memory[d]) Pass(p[d], threads);
+  run_team(threads, [&](Member me) { run_directions(passes, count, me, half_barriers); });
+  for (int d = 0; d < count; ++d) passes[d]->~Pass();
+}
+
+template <class Cell, class S>
+void forward(const Forward<S>* p, int count, int threads) {
+  if (p->save)
+    forward_directions<Cell, S, true>(p, count, threads);
+  else
+    forward_directions<Cell, S, false>(p, count, threads);
+}
+
+template <class Cell, class S>
+void backward(const Backward<S>* p, int count, int threads) {
+  using Pass = BackwardPass<Cell, S>;
+  alignas(Pass) char memory[2][sizeof(Pass)];
+  Pass* passes[2];
+  Barrier half_barriers[2];
+  for (int d = 0; d < count; ++d) passes[d] = new (memory[d]) Pass(p[d], threads);
+  run_team(threads, [&](Member me) {
+    run_directions(passes, count, me, half_barriers);
+    me.meet();
+    for (int d = 0; d < count; ++d) passes[d]->products(me);
+  });
+  for (int d = 0; d < count; ++d) passes[d]->~Pass();
+}
+
+template <class Cell, class S>
+inline constexpr LayerKernels<S> layer_kernels = {forward<Cell, S>, backward<Cell, S>};
+
+#define FUSEDRNN_CELLS(S) {layer_kernels<RNNTanh, S>, layer_kernels<RNNRelu, S>, layer_kernels<LSTM, S>, layer_kernels<GRU, S>}
+extern const Kernels kernels = {FUSEDRNN_CELLS(float), FUSEDRNN_CELLS(double), FUSEDRNN_CELLS(bf16)};
+#undef FUSEDRNN_CELLS
+
+}  // namespace fusedrnn::FUSEDRNN_ISA

@@ -1,0 +1,48 @@
+// The table of CPU kernels of each instruction set.
+#pragma once
+
+#include "params.h"
+
+namespace fusedrnn {
+
+enum class CellKind { rnn_tanh, rnn_relu, lstm, gru };
+constexpr int cell_kinds = 4;
+
+template <class S>
+struct LayerKernels {
+  // All directions of a layer, on up to `threads` threads.
+  void (*forward)(const Forward<S>* directions, int count, int threads);
+  void (*backward)(const Backward<S>* directions, int count, int threads);
+};
+
+struct Kernels {
+  LayerKernels<float> f32[cell_kinds];
+  LayerKernels<double> f64[cell_kinds];
+  LayerKernels<bf16> b16[cell_kinds];
+
+  template <class S>
+  const LayerKernels<S>& of(CellKind cell) const {
+    if constexpr (std::is_same_v<S, float>) return f32[int(cell)];
+    else if constexpr (std::is_same_v<S, double>) return f64[int(cell)];
+    else return b16[int(cell)];
+  }
+};
+
+// One definition in each kernels_<instruction set>.cpp.
+namespace baseline {
+extern const Kernels kernels;
+}
+namespace avx2 {
+extern const Kernels kernels;
+}
+namespace avx512 {
+extern const Kernels kernels;
+}
+namespace avx512_bf16 {
+extern const Kernels kernels;
+}
+
+// The kernels in use: of the best instruction set that this processor has, unless set_cpu_capability chose a lower one.
+const Kernels& cpu_kernels();
+
+}  // namespace fusedrnn

@@ -1,0 +1,242 @@
+// The ops on the CPU: allocation, and the arguments of the kernels for each direction.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include "../layer.h"
+#include "kernels.h"
+#include "plan.h"
+#include "team.h"
+
+namespace fusedrnn {
+namespace {
+
+template <class Cell>
+constexpr CellKind kind_of() {
+  if constexpr (std::is_same_v<Cell, LSTM>) return CellKind::lstm;
+  else if constexpr (std::is_same_v<Cell, GRU>) return CellKind::gru;
+  else if constexpr (std::is_same_v<Cell, RNNTanh>) return CellKind::rnn_tanh;
+  else return CellKind::rnn_relu;
+}
+
+Tensor empty(const std::vector<int64_t>& shape, ScalarType dtype) {
+  std::vector<int64_t> strides(shape.size());
+  int64_t stride = 1;
+  for (size_t i = shape.size(); i-- > 0; stride *= std::max<int64_t>(shape[i], 1)) strides[i] = stride;
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      int64_t(shape.size()), shape.data(), strides.data(),
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+MaybeTensor dense(const MaybeTensor& t) { return t ? MaybeTensor(dense(*t)) : t; }
+std::vector<Tensor> dense(std::vector<Tensor> ts) {
+  for (Tensor& t : ts) t = dense(t);
+  return ts;
+}
+
+// Rows may be strided, columns not.
+Tensor dense_columns(const Tensor& t) {
+  return t.size(t.dim() - 1) <= 1 || t.stride(t.dim() - 1) == 1 ? t : dense(t);
+}
+
+template <class S>
+S* data(const Tensor& t) {
+  return static_cast<S*>(t.data_ptr());
+}
+template <class S>
+S* data(const MaybeTensor& t) {
+  return t ? data<S>(*t) : nullptr;
+}
+template <class S>
+S* offset(S* p, int64_t n) {
+  return p ? p + n : nullptr;
+}
+
+template <class S>
+Rows<const S> strided_rows(const Layer& l, const Tensor& t) {
+  const int64_t last = t.dim() - 2;
+  if (l.packed) return {data<const S>(t), t.stride(last)};
+  return {data<const S>(t), t.stride(last), t.stride(0)};
+}
+
+Shape shape_of(const Layer& l, bool reverse) {
+  return {l.T, l.N, l.I, l.H, l.P, l.offset.data(), reverse, l.projected};
+}
+
+template <class S>
+Weights<S> weights_of(const Layer& l, const std::vector<Tensor>& weights, int64_t d) {
+  const Tensor* w = weights.data() + d * l.weights_per_direction;
+  return {data<const S>(w[0]), data<const S>(w[1]), l.bias ? data<const S>(w[2]) : nullptr,
+          l.bias ? data<const S>(w[3]) : nullptr,
+          l.projected ? data<const S>(w[l.weights_per_direction - 1]) : nullptr};
+}
+
+int threads_for(const Layer& l) {
+  return plan_threads(max_threads(), double(l.rows) * l.directions * l.gates * l.H * (l.I + l.P));
+}
+
+template <class Cell, class S>
+ForwardResult forward(const Layer& l, const Tensor& x_, const MaybeTensor& h0_, const MaybeTensor& c0_,
+                      const std::vector<Tensor>& weights_, bool save) {
+  const Tensor x = dense_columns(x_);
+  const MaybeTensor h0 = dense(h0_), c0 = dense(c0_);
+  const std::vector<Tensor> weights = dense(weights_);
+  const std::vector<int64_t> none{0};
+  const Tensor y = empty(l.y_shape(), l.dtype), h_n = empty(l.h_shape(), l.dtype);
+  const Tensor c_n = empty(l.has_c ? l.c_shape() : none, l.dtype);
+  const Tensor gates = empty(save ? l.gates_shape() : none, l.dtype);
+  const Tensor cells = empty(save && l.has_c ? l.cells_shape() : none, l.accumulator());
+  if (l.rows == 0) {  // no step: the state stays as it was
+    const auto keep = [](Tensor to, const MaybeTensor& from) {
+      if (from) torch::stable::copy_(to, *from);
+      else torch::stable::zero_(to);
+    };
+    keep(h_n, h0);
+    if (l.has_c) keep(c_n, c0);
+    return {y, h_n, c_n, gates, cells};
+  }
+  Forward<S> p[2];
+  const int64_t D = l.directions;
+  for (int64_t d = 0; d < D; ++d) {
+    p[d] = {.shape = shape_of(l, d == 1),
+            .weights = weights_of<S>(l, weights, d),
+            .x = strided_rows<S>(l, x),
+            .h0 = offset(data<const S>(h0), d * l.N * l.P),
+            .c0 = offset(data<const S>(c0), d * l.N * l.H),
+            .y = {data<S>(y) + d * l.P, D * l.P},
+            .h_n = data<S>(h_n) + d * l.N * l.P,
+            .c_n = l.has_c ? data<S>(c_n) + d * l.N * l.H : nullptr,
+            .save = save,
+            .gates = {save ? data<S>(gates) + d * l.saved * l.H : nullptr, D * l.saved * l.H},
+            .cells = {save && l.has_c ? data<Acc<S>>(cells) + d * l.H : nullptr, D * l.H}};
+  }
+  cpu_kernels().of<S>(kind_of<Cell>()).forward(p, int(D), threads_for(l));
+  return {y, h_n, c_n, gates, cells};
+}
+
+// The upstream gradients and the results of forward, as backward gets them.
+struct BackwardArguments {
+  MaybeTensor dy, dh_n, dc_n;
+  Tensor x;
+  MaybeTensor h0, c0;
+  std::vector<Tensor> weights;
+  Tensor y, gates, cells;
+};
+
+template <class Cell, class S>
+BackwardResult backward(const Layer& l, const BackwardArguments& a, int64_t needs) {
+  const Tensor x = dense_columns(a.x), y = dense(a.y), gates = dense(a.gates), cells = dense(a.cells);
+  const MaybeTensor dy = a.dy ? MaybeTensor(dense_columns(*a.dy)) : a.dy;
+  const MaybeTensor dh_n = dense(a.dh_n), dc_n = dense(a.dc_n), h0 = dense(a.h0), c0 = dense(a.c0);
+  const std::vector<Tensor> weights = dense(a.weights);
+  const auto result = [&](int64_t bit, const std::vector<int64_t>& shape) {
+    return empty(needs & bit ? shape : std::vector<int64_t>{0}, l.dtype);
+  };
+  const std::vector<int64_t> x_shape = {a.x.sizes().begin(), a.x.sizes().end()};
+  const Tensor dx = result(need_dx, x_shape), dh0 = result(need_dh0, l.h_shape());
+  const Tensor dc0 = result(l.has_c ? need_dc0 : 0, l.c_shape());
+  std::vector<Tensor> dweights;
+  for (size_t i = 0; i < weights.size(); ++i)
+    dweights.push_back(result(need_first_weight << i, {weights[i].sizes().begin(), weights[i].sizes().end()}));
+  const auto wanted = [](const Tensor& t, bool need) { return need ? data<S>(t) : nullptr; };
+  if (l.rows == 0) {
+    const auto keep = [](Tensor to, const MaybeTensor& from) {
+      if (to.numel() == 0) return;
+      if (from) torch::stable::copy_(to, *from);
+      else torch::stable::zero_(to);
+    };
+    keep(dh0, dh_n);
+    keep(dc0, dc_n);
+    for (Tensor& t : dweights) torch::stable::zero_(t);
+    return {dx, dh0, dc0, dweights};
+  }
+  Backward<S> p[2];
+  const int64_t D = l.directions, each = l.weights_per_direction;
+  for (int64_t d = 0; d < D; ++d) {
+    const auto dw = [&](int64_t i) {
+      return wanted(dweights[d * each + i], needs & (need_first_weight << (d * each + i)));
+    };
+    p[d] = {.shape = shape_of(l, d == 1),
+            .weights = weights_of<S>(l, weights, d),
+            .dy = dy ? strided_rows<S>(l, *dy) : Rows<const S>{},
+            .dh_n = offset(data<const S>(dh_n), d * l.N * l.P),
+            .dc_n = offset(data<const S>(dc_n), d * l.N * l.H),
+            .x = strided_rows<S>(l, x),
+            .y = {data<const S>(y) + d * l.P, D * l.P},
+            .gates = {data<const S>(gates) + d * l.saved * l.H, D * l.saved * l.H},
+            .cells = {l.has_c ? data<const Acc<S>>(cells) + d * l.H : nullptr, D * l.H},
+            .h0 = offset(data<const S>(h0), d * l.N * l.P),
+            .c0 = offset(data<const S>(c0), d * l.N * l.H),
+            .dx = wanted(dx, needs & need_dx),
+            .dx_accumulate = d == 1,
+            .dh0 = offset(wanted(dh0, needs & need_dh0), d * l.N * l.P),
+            .dc0 = offset(wanted(dc0, l.has_c && (needs & need_dc0)), d * l.N * l.H),
+            .dw_ih = dw(0),
+            .dw_hh = dw(1),
+            .db_ih = l.bias ? dw(2) : nullptr,
+            .db_hh = l.bias ? dw(3) : nullptr,
+            .dw_hr = l.projected ? dw(each - 1) : nullptr};
+    p[d].dy.data = offset(p[d].dy.data, d * l.P);
+  }
+  cpu_kernels().of<S>(kind_of<Cell>()).backward(p, int(D), threads_for(l));
+  return {dx, dh0, dc0, dweights};
+}
+
+// float16 has no arithmetic of its own on most CPUs: it is computed in float32.
+Tensor cast(const Tensor& t, ScalarType dtype) { return torch::stable::to(t, dtype); }
+MaybeTensor cast(const MaybeTensor& t, ScalarType dtype) { return t ? MaybeTensor(cast(*t, dtype)) : t; }
+std::vector<Tensor> cast(std::vector<Tensor> ts, ScalarType dtype) {
+  for (Tensor& t : ts) t = cast(t, dtype);
+  return ts;
+}
+
+template <class Cell>
+ForwardResult forward_op(const Tensor& x, const MaybeTensor& h0, const MaybeTensor& c0,
+                         const std::vector<Tensor>& weights, const MaybeTensor& batch_sizes, int64_t directions,
+                         bool save) {
+  Layer l = Layer::of<Cell>(x, h0, c0, weights, batch_sizes, directions);
+  if (l.dtype == ScalarType::Double) return forward<Cell, double>(l, x, h0, c0, weights, save);
+  if (l.dtype == ScalarType::BFloat16) return forward<Cell, bf16>(l, x, h0, c0, weights, save);
+  if (l.dtype == ScalarType::Float) return forward<Cell, float>(l, x, h0, c0, weights, save);
+  l.dtype = ScalarType::Float;
+  auto [y, h_n, c_n, gates, cells] = forward<Cell, float>(l, cast(x, l.dtype), cast(h0, l.dtype), cast(c0, l.dtype),
+                                                          cast(weights, l.dtype), save);
+  const ScalarType half = ScalarType::Half;
+  return {cast(y, half), cast(h_n, half), cast(c_n, half), cast(gates, half), cells};
+}
+
+template <class Cell>
+BackwardResult backward_op(const MaybeTensor& dy, const MaybeTensor& dh_n, const MaybeTensor& dc_n, const Tensor& x,
+                           const MaybeTensor& h0, const MaybeTensor& c0, const std::vector<Tensor>& weights,
+                           const MaybeTensor& batch_sizes, int64_t directions, const Tensor& y, const Tensor& gates,
+                           const Tensor& cells, int64_t needs) {
+  Layer l = Layer::of<Cell>(x, h0, c0, weights, batch_sizes, directions);
+  l.check_backward(dy, dh_n, dc_n, y, gates, cells);
+  const BackwardArguments a{dy, dh_n, dc_n, x, h0, c0, weights, y, gates, cells};
+  if (l.dtype == ScalarType::Double) return backward<Cell, double>(l, a, needs);
+  if (l.dtype == ScalarType::BFloat16) return backward<Cell, bf16>(l, a, needs);
+  if (l.dtype == ScalarType::Float) return backward<Cell, float>(l, a, needs);
+  l.dtype = ScalarType::Float;
+  const auto f = [&](const auto& t) { return cast(t, l.dtype); };
+  const auto [dx, dh0, dc0, dweights] = backward<Cell, float>(
+      l, {f(dy), f(dh_n), f(dc_n), f(x), f(h0), f(c0), f(weights), f(y), f(gates), cells}, needs);
+  const ScalarType half = ScalarType::Half;
+  return {cast(dx, half), cast(dh0, half), cast(dc0, half), cast(dweights, half)};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fusedrnn, CPU, m) {
+  m.impl("lstm", TORCH_BOX(&forward_op<LSTM>));
+  m.impl("gru", TORCH_BOX(&forward_op<GRU>));
+  m.impl("rnn_tanh", TORCH_BOX(&forward_op<RNNTanh>));
+  m.impl("rnn_relu", TORCH_BOX(&forward_op<RNNRelu>));
+  m.impl("lstm_backward", TORCH_BOX(&backward_op<LSTM>));
+  m.impl("gru_backward", TORCH_BOX(&backward_op<GRU>));
+  m.impl("rnn_tanh_backward", TORCH_BOX(&backward_op<RNNTanh>));
+  m.impl("rnn_relu_backward", TORCH_BOX(&backward_op<RNNRelu>));
+}
+
+}  // namespace fusedrnn

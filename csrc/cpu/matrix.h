@@ -1,0 +1,130 @@
+// A weight matrix as the kernels multiply by it: out[rows, columns] = a[rows, K] W, from panels packed for the
+// micro-kernel, or, for few rows, from the tensor as it is.
+//
+// The columns are `gates` x `units`. The gates of one vector of units lie side by side in a panel, so that a tile
+// holds all that a cell needs of its units; a matrix with one gate has several vectors of units in a panel.
+#pragma once
+
+#include <algorithm>
+
+#include "tile.h"
+
+namespace fusedrnn::FUSEDRNN_ISA {
+
+constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
+
+template <class S>
+struct Matrix {
+  static constexpr int w = lanes<S>;
+
+  int64_t K = 0, units = 0;
+  int gates = 1;
+  const S* rows = nullptr;      // [gates * units, K]: column c of the product is row c here; unless `columns`
+  const S* columns = nullptr;   // [K, units], one gate; row k of W is at columns + row_of(k) * units
+  int64_t shift = 0;            // row_of(k) = (k + shift) modulo K: the backward pass orders gates by slots
+  const S* bias = nullptr;      // [gates * units] or null
+  bool packed = false;
+  S* panels = nullptr;          // [panels][K / k_step][vectors * w][k_step] if packed
+  Acc<S>* start = nullptr;      // [panels * width]: the bias by panels, or zeros
+
+  int units_per_panel() const { return std::max(1, max_vectors / gates) * w; }
+  int width() const { return units_per_panel() * gates; }  // columns of a full panel
+  int64_t panel_count() const { return divide_up(units, units_per_panel()); }
+  int64_t padded_K() const { return round_up(K, k_step<S>); }
+  int64_t first_unit(int64_t panel) const { return panel * units_per_panel(); }
+  // Vectors of units in this panel: the last one can be narrower.
+  int unit_vectors(int64_t panel) const {
+    return int(divide_up(std::min<int64_t>(units - first_unit(panel), units_per_panel()), w));
+  }
+  int64_t panels_size() const { return panel_count() * width() * padded_K(); }
+
+  void pack(int64_t panel) {
+    const int n = unit_vectors(panel);
+    Acc<S>* s = start + panel * width();
+    for (int u = 0; u < n; ++u)
+      for (int g = 0; g < gates; ++g, s += w)
+        for (int lane = 0; lane < w; ++lane) {
+          const int64_t unit = first_unit(panel) + u * w + lane;
+          const bool real = bias && unit < units;
+          s[lane] = real ? load(bias + g * units + unit, 1)[0] : 0;
+        }
+    if (!packed) return;
+    S* p = panels + panel * width() * padded_K();
+    for (int u = 0; u < n; ++u)
+      for (int g = 0; g < gates; ++g) {
+        const int64_t unit = first_unit(panel) + u * w;
+        const int64_t valid = std::min<int64_t>(w, units - unit);
+        S* vector = p + (u * gates + g) * w * k_step<S>;
+        if (columns)
+          pack_columns(vector, n * gates * w, columns + unit, valid);
+        else
+          pack_rows(vector, n * gates * w, rows + (g * units + unit) * K, valid);
+      }
+  }
+
+  // One tile: out[m, vectors * w] = start + a[m, K] W(panel), m at most tile_rows().
+  void tile(int64_t panel, int m, const S* a, int64_t lda, Acc<S>* out, int64_t ldo) const {
+    if (m == 0) return;
+    const int n = unit_vectors(panel) * gates;
+    const Acc<S>* s = start + panel * width();
+    if (packed)
+      tiles<S>[n - 1][m - 1](K, a, lda, panels + panel * width() * padded_K(), s, 0, out, ldo);
+    else
+      dot_panel(panel, m, a, lda, s, out, ldo);
+  }
+  int tile_rows() const { return packed ? max_rows(std::min(max_vectors, width() / w)) : max_dot_rows; }
+
+ private:
+  // dst[k / k_step][stride][k_step] <- W's rows r < valid as columns: a transposition, in blocks that stay in L1.
+  void pack_rows(S* dst, int64_t stride, const S* src, int64_t valid) const {
+    constexpr int step = k_step<S>;
+    for (int64_t k0 = 0; k0 < K; k0 += w * step) {
+      const int64_t k1 = std::min<int64_t>(K, k0 + w * step);
+      for (int64_t k = k0; k < k1; ++k) {
+        S* d = dst + k / step * stride * step + k % step;
+        for (int r = 0; r < w; ++r) d[r * step] = r < valid ? src[r * K + k] : S{};
+      }
+    }
+    clear_odd(dst, stride);
+  }
+
+  void pack_columns(S* dst, int64_t stride, const S* src, int64_t valid) const {
+    constexpr int step = k_step<S>;
+    for (int64_t k = 0; k < K; ++k) {
+      const S* s = src + (k + shift < K ? k + shift : k + shift - K) * units;
+      S* d = dst + k / step * stride * step + k % step;
+      for (int r = 0; r < w; ++r) d[r * step] = r < valid ? s[r] : S{};
+    }
+    clear_odd(dst, stride);
+  }
+
+  void clear_odd(S* dst, int64_t stride) const {
+    if (padded_K() == K) return;
+    S* d = dst + K / k_step<S> * stride * k_step<S> + 1;
+    for (int r = 0; r < w; ++r) d[r * k_step<S>] = S{};
+  }
+
+  void dot_panel(int64_t panel, int m, const S* a, int64_t lda, const Acc<S>* s, Acc<S>* out, int64_t ldo) const {
+    static constexpr void (*dots[max_dot_rows])(int64_t, const S*, int64_t, const S* const*, Acc<S>*, int64_t) = {
+        dot_tile<S, 1>, dot_tile<S, 2>, dot_tile<S, 3>, dot_tile<S, 4>};
+    const int n = unit_vectors(panel);
+    for (int v = 0; v < n * gates; ++v) {
+      const int u = v / gates, g = v % gates;
+      const int64_t unit = first_unit(panel) + u * w;
+      const int64_t last = std::min<int64_t>(w, units - unit) - 1;
+      const S* row = rows + (g * units + unit) * K;
+      for (int r = 0; r <= last; r += dot_weight_rows) {
+        const S* four[dot_weight_rows];
+        for (int i = 0; i < dot_weight_rows; ++i) four[i] = row + std::min<int64_t>(r + i, last) * K;
+        dots[m - 1](K, a, lda, four, out + v * w + r, ldo);
+      }
+      for (int i = 0; i < m; ++i) {
+        Acc<S>* o = out + i * ldo + v * w;
+        store(o, load(o) + load(s + v * w));
+      }
+    }
+  }
+};
+
+}  // namespace fusedrnn::FUSEDRNN_ISA

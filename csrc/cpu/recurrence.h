@@ -1,0 +1,101 @@
+// What the forward and the backward pass share: the part of the work that one thread does, and its barriers.
+#pragma once
+
+#include <new>
+
+#include "../cells/cell.h"
+#include "arena.h"
+#include "matrix.h"
+#include "plan.h"
+#include "team.h"
+
+namespace fusedrnn::FUSEDRNN_ISA {
+
+// A run of indices.
+struct Range {
+  int64_t begin, end;
+  int64_t size() const { return end - begin; }
+};
+
+// The i-th of `count` nearly equal parts of [0, n).
+constexpr Range part_of(int64_t n, int64_t i, int64_t count) { return {n * i / count, n * (i + 1) / count}; }
+
+// The i-th of `count` parts of the batch entries, such that each has about the same number of rows in the sequence.
+inline Range batch_part(const Shape& shape, int64_t i, int64_t count) {
+  const int64_t N = shape.batch(0);
+  if (shape.batch(shape.T - 1) == N) return part_of(N, i, count);
+  const auto bound = [&](int64_t j) {
+    const int64_t wanted = shape.rows() * j / count;
+    int64_t low = 0, high = N;  // the least n whose entries before it have `wanted` rows
+    while (low < high) {
+      const int64_t n = (low + high) / 2;
+      int64_t rows = 0;
+      for (int64_t t = 0; t < shape.T; ++t) rows += std::min(n, shape.batch(t));
+      if (rows < wanted)
+        low = n + 1;
+      else
+        high = n;
+    }
+    return low;
+  };
+  return {bound(i), i + 1 == count ? N : bound(i + 1)};
+}
+
+// What a thread does in the time loop: these batch entries, with the other members of its row group.
+struct Part {
+  Range n;
+  Member group;
+};
+
+// The barriers of the row groups.
+class Groups {
+ public:
+  void layout(Arena& arena, int threads) {
+    barriers_ = arena.take<Barrier>(threads);
+    if (barriers_)
+      for (int i = 0; i < threads; ++i) new (barriers_ + i) Barrier();
+  }
+  Part part(const Shape& shape, const Split& split, int id) const {
+    const int row_group = id / split.unit_groups;
+    return {batch_part(shape, row_group, split.row_groups),
+            {id % split.unit_groups, split.unit_groups, barriers_ + row_group}};
+  }
+
+ private:
+  Barrier* barriers_ = nullptr;
+};
+
+// Memory for a matrix's panels (if it is worth packing) and start vectors.
+template <class S>
+void layout_matrix(Arena& arena, Matrix<S>& matrix, bool packed) {
+  matrix.start = arena.take<Acc<S>>(matrix.panel_count() * matrix.width());
+  matrix.panels = packed ? arena.take<S>(matrix.panels_size()) : nullptr;
+  matrix.packed = packed;
+}
+
+// Member i of n packs every n-th panel.
+template <class S>
+void pack_share(Matrix<S>& matrix, const Member& me) {
+  for (int64_t panel = me.id; panel < matrix.panel_count(); panel += me.size) matrix.pack(panel);
+}
+
+// Calls body with the number of valid lanes of a vector of units; as a compile-time constant if all are.
+template <int w, class Body>
+FUSEDRNN_INLINE void with_lanes(int64_t valid, Body body) {
+  if (valid >= w)
+    body(std::integral_constant<int64_t, w>{});
+  else
+    body(valid);
+}
+
+// Fills dst[n] from src[n], or with zeros where src is null, converting the type.
+template <class D, class S>
+void copy_or_zero(D* dst, const S* src, int64_t n) {
+  constexpr int w = lanes<S>;
+  for (int64_t i = 0; i < n; i += w) {
+    const int64_t valid = std::min<int64_t>(w, n - i);
+    store(dst + i, src ? load(src + i, valid) : AccVec<S>{}, valid);
+  }
+}
+
+}  // namespace fusedrnn::FUSEDRNN_ISA

@@ -1,0 +1,107 @@
+// The matrix micro-kernels: out[M][n * lanes] = start + a[M, K] b[K, n * lanes], the accumulators in registers.
+// b is a panel: [K / k_step][n * lanes][k_step], streamed once; a is broadcast element by element.
+// They know nothing of cells. Every element of the result is one sum over k in order, so that it does not depend
+// on how rows and columns were divided into tiles and threads.
+#pragma once
+
+#include <array>
+#include <utility>
+
+#include "vec.h"
+
+namespace fusedrnn::FUSEDRNN_ISA {
+
+constexpr int max_vectors = 4;  // panel width in vectors
+
+// Rows of a tile of n vectors: as many accumulators as the register file holds.
+constexpr int max_rows(int n) {
+  constexpr int wide[] = {14, 14, 8, 6}, narrow[] = {6, 6, 4, 3};
+  return FUSEDRNN_VECTOR_BYTES == 64 ? wide[n - 1] : narrow[n - 1];
+}
+
+// a: row m at a + m * lda (lda elements apart), or with packed_a [K / k_step][M][k_step].
+// start: row m's accumulators start from start + m * ld_start (a bias: ld_start = 0).
+template <class S, int M, int n, bool packed_a>
+void tile(int64_t K, const S* a, int64_t lda, const S* b, const Acc<S>* start, int64_t ld_start, Acc<S>* out,
+          int64_t ldo) {
+  constexpr int w = lanes<S>, step = k_step<S>;
+  AccVec<S> acc[M][n];
+  for (int m = 0; m < M; ++m)
+    for (int v = 0; v < n; ++v) acc[m][v] = load(start + m * ld_start + v * w);
+  const int64_t whole = K / step * step;
+  for (int64_t k = 0; k < whole; k += step) {
+    Operand<S> bk[n];
+    for (int v = 0; v < n; ++v) bk[v] = load_operand(b + v * w * step);
+    for (int m = 0; m < M; ++m) {
+      const Operand<S> ak = broadcast(packed_a ? a + k * M + m * step : a + m * lda + k);
+      for (int v = 0; v < n; ++v) acc[m][v] = multiply_add<S>(acc[m][v], ak, bk[v]);
+    }
+    b += n * w * step;
+  }
+  if (whole < K) {  // an odd K: the pair's second element is 0
+    for (int m = 0; m < M; ++m) {
+      S last[step]{};
+      last[0] = packed_a ? a[whole * M + m * step] : a[m * lda + whole];
+      for (int v = 0; v < n; ++v)
+        acc[m][v] = multiply_add<S>(acc[m][v], broadcast(last), load_operand(b + v * w * step));
+    }
+  }
+  for (int m = 0; m < M; ++m)
+    for (int v = 0; v < n; ++v) store(out + m * ldo + v * w, acc[m][v]);
+}
+
+template <class S>
+using TileFn = void (*)(int64_t, const S*, int64_t, const S*, const Acc<S>*, int64_t, Acc<S>*, int64_t);
+
+template <class S, int n, bool packed_a, int... M>
+constexpr auto tile_row(std::integer_sequence<int, M...>) {
+  std::array<TileFn<S>, 14> row{};
+  ((row[M] = tile<S, M + 1, n, packed_a>), ...);
+  return row;
+}
+
+// tiles[n - 1][M - 1]
+template <class S, bool packed_a = false>
+inline constexpr std::array<std::array<TileFn<S>, 14>, max_vectors> tiles = {
+    tile_row<S, 1, packed_a>(std::make_integer_sequence<int, max_rows(1)>{}),
+    tile_row<S, 2, packed_a>(std::make_integer_sequence<int, max_rows(2)>{}),
+    tile_row<S, 3, packed_a>(std::make_integer_sequence<int, max_rows(3)>{}),
+    tile_row<S, 4, packed_a>(std::make_integer_sequence<int, max_rows(4)>{}),
+};
+
+// Calls f(first, count) for runs of at most `most` rows out of `rows`, as even as possible.
+template <class F>
+FUSEDRNN_INLINE void for_tiles(int64_t rows, int most, F f) {
+  const int64_t count = (rows + most - 1) / most;
+  for (int64_t i = 0, first = 0; i < count; ++i) {
+    const int64_t next = rows * (i + 1) / count;
+    f(first, int(next - first));
+    first = next;
+  }
+}
+
+// out[m][r] = dot(a[m, :K], w[r, :K]) for M rows of a and 4 rows of w, both contiguous along K: for few rows, where
+// packing w would cost more than the product.
+constexpr int dot_weight_rows = 4;
+constexpr int max_dot_rows = 4;
+
+template <class S, int M>
+void dot_tile(int64_t K, const S* a, int64_t lda, const S* const* w, Acc<S>* out, int64_t ldo) {
+  constexpr int block = lanes<S> * k_step<S>;
+  AccVec<S> acc[M][dot_weight_rows]{};
+  const auto add = [&](int64_t k, int64_t n) __attribute__((always_inline)) {
+    Operand<S> wk[dot_weight_rows];
+    for (int r = 0; r < dot_weight_rows; ++r) wk[r] = load_operand(w[r] + k, n);
+    for (int m = 0; m < M; ++m) {
+      const Operand<S> ak = load_operand(a + m * lda + k, n);
+      for (int r = 0; r < dot_weight_rows; ++r) acc[m][r] = multiply_add<S>(acc[m][r], ak, wk[r]);
+    }
+  };
+  int64_t k = 0;
+  for (; k + block <= K; k += block) add(k, block);
+  if (k < K) add(k, K - k);
+  for (int m = 0; m < M; ++m)
+    for (int r = 0; r < dot_weight_rows; ++r) out[m * ldo + r] = sum(acc[m][r]);
+}
+
+}  // namespace fusedrnn::FUSEDRNN_ISA

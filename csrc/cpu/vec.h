@@ -1,0 +1,153 @@
+// SIMD vectors (GCC/Clang vector extension), loads and stores of n <= lanes elements, and storage types.
+// Everything here and in the other kernel headers lives in a namespace of its instruction set, so that
+// the linker never merges code compiled with different flags.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
+#include "../math.h"
+#include "params.h"
+
+#ifndef FUSEDRNN_ISA
+#error "define FUSEDRNN_ISA (a namespace name) and FUSEDRNN_VECTOR_BYTES before including the CPU kernels"
+#endif
+
+namespace fusedrnn {
+
+namespace FUSEDRNN_ISA {
+
+template <class T, int n>
+struct VecOf {
+  typedef T type __attribute__((vector_size(n * sizeof(T))));
+};
+template <class T, int n>
+using Vec = typename VecOf<T, n>::type;
+
+// Lanes of a vector of accumulators.
+template <class S>
+inline constexpr int lanes = FUSEDRNN_VECTOR_BYTES / int(sizeof(Acc<S>));
+template <class S>
+using AccVec = Vec<Acc<S>, lanes<S>>;
+
+// Elements of a bfloat16 pair are multiplied and added in one instruction, so K goes in steps of 2.
+template <class S>
+inline constexpr int k_step = sizeof(Acc<S>) / sizeof(S);
+
+// Loads n elements, the other lanes are 0.
+template <class S>
+FUSEDRNN_INLINE AccVec<S> load(const S* p, int64_t n = lanes<S>) {
+  constexpr int w = lanes<S>;
+  if constexpr (std::is_same_v<S, bf16>) {
+    Vec<uint16_t, w> half{};
+    std::memcpy(&half, p, n == w ? sizeof(half) : n * sizeof(S));
+    const Vec<uint32_t, w> bits = __builtin_convertvector(half, Vec<uint32_t, w>) << 16;
+    AccVec<S> v;
+    std::memcpy(&v, &bits, sizeof(v));
+    return v;
+  } else {
+    AccVec<S> v{};
+    if (n == w) {
+      std::memcpy(&v, p, sizeof(v));
+    } else {
+      std::memcpy(&v, p, n * sizeof(S));
+    }
+    return v;
+  }
+}
+
+// Stores n elements; to bfloat16 with round to nearest even, NaN kept.
+template <class S>
+FUSEDRNN_INLINE void store(S* p, AccVec<S> v, int64_t n = lanes<S>) {
+  constexpr int w = lanes<S>;
+  if constexpr (std::is_same_v<S, bf16>) {
+    Vec<uint32_t, w> bits;
+    std::memcpy(&bits, &v, sizeof(bits));
+    const Vec<uint32_t, w> rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    const Vec<uint32_t, w> kept = v == v ? rounded : (bits >> 16) | 0x40;
+    const Vec<uint16_t, w> half = __builtin_convertvector(kept, Vec<uint16_t, w>);
+    std::memcpy(p, &half, n == w ? sizeof(half) : n * sizeof(S));
+  } else if (n == w) {
+    std::memcpy(p, &v, sizeof(v));
+  } else {
+    std::memcpy(p, &v, n * sizeof(S));
+  }
+}
+
+// Operands of the matrix products: k_step elements of K in each lane.
+template <class S>
+struct OperandOf {
+  using type = AccVec<S>;
+};
+template <>
+struct OperandOf<bf16> {
+  using type = Vec<uint16_t, 2 * lanes<bf16>>;
+};
+template <class S>
+using Operand = typename OperandOf<S>::type;
+
+// n of the lanes * k_step elements, the others 0.
+template <class S>
+FUSEDRNN_INLINE Operand<S> load_operand(const S* p, int64_t n = lanes<S>* k_step<S>) {
+  Operand<S> v{};
+  std::memcpy(&v, p, n == lanes<S> * k_step<S> ? sizeof(v) : n * sizeof(S));
+  return v;
+}
+
+// The k_step elements at p, in every lane.
+template <class S>
+FUSEDRNN_INLINE Operand<S> broadcast(const S* p) {
+  if constexpr (k_step<S> == 1) {
+    return Operand<S>{} + *p;
+  } else {
+    uint32_t pair;
+    std::memcpy(&pair, p, sizeof(pair));
+    const Vec<uint32_t, lanes<S>> pairs = Vec<uint32_t, lanes<S>>{} + pair;
+    Operand<S> v;
+    std::memcpy(&v, &pairs, sizeof(v));
+    return v;
+  }
+}
+
+// acc + a0 b0 + a1 b1 for the bfloat16 pair of each lane.
+FUSEDRNN_INLINE AccVec<bf16> dot_bf16(AccVec<bf16> acc, Operand<bf16> a, Operand<bf16> b) {
+#ifdef __AVX512BF16__
+  return (AccVec<bf16>)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
+#else
+  using Pairs = Vec<uint32_t, lanes<bf16>>;
+  const Pairs pa = (Pairs)a, pb = (Pairs)b;
+  acc += (AccVec<bf16>)(pa << 16) * (AccVec<bf16>)(pb << 16);
+  acc += (AccVec<bf16>)(pa & 0xffff0000u) * (AccVec<bf16>)(pb & 0xffff0000u);
+  return acc;
+#endif
+}
+
+// acc + a b, lane by lane; for bfloat16 the sum of a lane's two products.
+template <class S>
+FUSEDRNN_INLINE AccVec<S> multiply_add(AccVec<S> acc, Operand<S> a, Operand<S> b) {
+  if constexpr (k_step<S> == 1) {
+    return acc + a * b;
+  } else {
+    return dot_bf16(acc, a, b);
+  }
+}
+
+// The sum of a vector's lanes, pairwise.
+template <class V>
+FUSEDRNN_INLINE scalar_t<V> sum(V v) {
+  constexpr int n = sizeof(V) / sizeof(scalar_t<V>);
+  if constexpr (n == 1) {
+    return v[0];
+  } else {
+    Vec<scalar_t<V>, n / 2> half[2];
+    std::memcpy(half, &v, sizeof(v));
+    return sum(half[0] + half[1]);
+  }
+}
+
+}  // namespace FUSEDRNN_ISA
+}  // namespace fusedrnn

@@ -1,0 +1,59 @@
+// A layer's arguments, checked: what every device's implementation of the ops starts from.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "cells/gru.h"
+#include "cells/lstm.h"
+#include "cells/rnn.h"
+
+namespace fusedrnn {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+// What an op's arguments say. Raises a RuntimeError that names the argument, what was expected and what came.
+struct Layer {
+  int64_t T, N, I, H, P, rows;   // steps, batch, input size, hidden size, size of h per direction, rows of x
+  int64_t directions, gates, saved;  // saved: slots of the gates tensor per unit
+  int64_t weights_per_direction;
+  bool has_c, bias, projected, packed;
+  ScalarType dtype;
+  std::vector<int64_t> offset;   // [T + 1], the first row of each step
+
+  template <class Cell>
+  static Layer of(const Tensor& x, const MaybeTensor& h0, const MaybeTensor& c0, const std::vector<Tensor>& weights,
+                  const MaybeTensor& batch_sizes, int64_t directions) {
+    return check(x, h0, c0, weights, batch_sizes, directions, Cell::gates, Cell::saved, Cell::has_c);
+  }
+  // The arguments of the backward op beyond the forward op's.
+  void check_backward(const MaybeTensor& dy, const MaybeTensor& dh_n, const MaybeTensor& dc_n, const Tensor& y,
+                      const Tensor& gates, const Tensor& cells) const;
+
+  std::vector<int64_t> y_shape() const;
+  std::vector<int64_t> h_shape() const { return {directions, N, P}; }
+  std::vector<int64_t> c_shape() const { return {directions, N, H}; }
+  std::vector<int64_t> gates_shape() const { return {rows, directions, saved, H}; }
+  std::vector<int64_t> cells_shape() const { return {rows, directions, H}; }
+  // float64 for float64, else float32.
+  ScalarType accumulator() const;
+
+ private:
+  static Layer check(const Tensor& x, const MaybeTensor& h0, const MaybeTensor& c0, const std::vector<Tensor>& weights,
+                     const MaybeTensor& batch_sizes, int64_t directions, int64_t gates, int64_t saved, bool has_c);
+};
+
+// Outputs of the ops.
+using ForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;      // y, h_n, c_n, gates, cells
+using BackwardResult = std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>>;  // dx, dh0, dc0, dweights
+
+// Bits of the backward op's `needs`.
+constexpr int64_t need_dx = 1, need_dh0 = 2, need_dc0 = 4, need_first_weight = 8;
+
+}  // namespace fusedrnn

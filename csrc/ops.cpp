@@ -1,0 +1,18 @@
+// The operators: a whole layer, all its directions, in one call. fusedrnn/ops.py documents them.
+#include <torch/csrc/stable/library.h>
+
+#include <string>
+
+STABLE_TORCH_LIBRARY(fusedrnn, m) {
+  for (const std::string cell : {"lstm", "gru", "rnn_tanh", "rnn_relu"}) {
+    m.def((cell +
+           "(Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? batch_sizes, int directions, bool save)"
+           " -> (Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)")
+              .c_str());
+    m.def((cell +
+           "_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights,"
+           " Tensor? batch_sizes, int directions, Tensor y, Tensor gates, Tensor cells, int needs)"
+           " -> (Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dweights)")
+              .c_str());
+  }
+}
