@@ -29,6 +29,7 @@ from pathlib import Path
 
 import setuptools
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 from setuptools.command.dist_info import dist_info
 
 ROOT = Path(__file__).resolve().parent
@@ -223,6 +224,13 @@ def build(folder: Path, version: str) -> list[Path]:
     fail(f"the build failed; the compiler's first error above says why{hint}")
 
 
+class BuildPy(build_py):
+    def run(self) -> None:
+        if not self.editable_mode:  # an earlier build's files, perhaps of modules that are no more
+            shutil.rmtree(Path(self.build_lib, "fusedrnn"), ignore_errors=True)
+        super().run()
+
+
 class BuildExt(build_ext):
     def outputs(self) -> dict[Path, Path]:
         """Each library in the build folder, and where it goes."""
@@ -266,5 +274,5 @@ if int(setuptools.__version__.partition(".")[0]) < SETUPTOOLS_MIN:
 
 setuptools.setup(
     ext_modules=[setuptools.Extension("fusedrnn._C", ["csrc/module.cpp"])],
-    cmdclass={"build_ext": BuildExt, "dist_info": DistInfo},
+    cmdclass={"build_py": BuildPy, "build_ext": BuildExt, "dist_info": DistInfo},
 )

@@ -65,12 +65,15 @@ def frontend_site_packages() -> Iterator[Path]:
     """What a front end other than pip may build for: those build in a fresh venv that doesn't tell its target."""
     names = ("VIRTUAL_ENV", "CONDA_PREFIX", "UV_PROJECT_ENVIRONMENT")
     prefixes = [os.environ.get(name) for name in names]
-    with contextlib.suppress(OSError):  # the front end's own environment and folder, which it may not hand on to us
-        parent = Path("/proc", str(os.getppid()))
-        environ = dict(x.partition("=")[::2] for x in (parent / "environ").read_text(errors="ignore").split("\0"))
-        cwd = (parent / "cwd").resolve()
-        prefixes += [environ.get(name) for name in names] + [str(f / ".venv") for f in (cwd, *cwd.parents)]
-    prefixes += [str(Path(d).parent) for d in os.environ.get("PATH", "").split(os.pathsep) if d]
+    with contextlib.suppress(OSError):  # the front end's own command line, environment and folder
+        process = Path("/proc", str(os.getppid()))
+        words, settings = ((process / name).read_text(errors="ignore").split("\0") for name in ("cmdline", "environ"))
+        here = (process / "cwd").resolve()
+        values = [Path(here, word.rpartition("=")[2]) for word in words if "/" in word]
+        prefixes += [str(prefix) for value in values for prefix in (value, value.parent.parent)]  # --python .../python
+        environ = dict(setting.partition("=")[::2] for setting in settings)
+        prefixes += [environ.get(name) for name in names] + [str(f / ".venv") for f in (here, *here.parents)]
+    prefixes += [str(Path(folder).parent) for folder in os.environ.get("PATH", "").split(os.pathsep) if folder]
     for prefix in prefixes:
         if prefix and prefix != "/usr":
             yield from site_packages(prefix)
