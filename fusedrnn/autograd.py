@@ -19,7 +19,17 @@ _HALF = (torch.bfloat16, torch.float16)
 _FIXED = 7  # arguments of LayerBackward before dy: constants to its derivative
 
 
-class Layer(Function):
+class _Function(Function):
+    @classmethod
+    def apply(cls, *args: Any) -> Any:
+        """Function.apply less the inspect.signature of each call, which costs as much as the rest
+        (it fills in default arguments; there are none)."""
+        if torch._C._are_functorch_transforms_active():
+            return super().apply(*args)
+        return super(Function, cls).apply(*args)
+
+
+class Layer(_Function):
     """``apply(cell, directions, batch_sizes, x, h0, c0, *weights) -> y, h_n, c_n, gates, cells``.
 
     Arguments and results as in :mod:`fusedrnn.ops`; ``gates`` and ``cells`` carry no gradient.
@@ -50,13 +60,15 @@ class Layer(Function):
     def backward(ctx: Any, dy: Any, dh_n: Any, dc_n: Any, *_: Any) -> tuple[Any, ...]:
         batch_sizes, x, h0, c0, y, gates, cells, *weights = ctx.saved_tensors
         needs = ctx.needs_input_grad[3:]
+        if ctx.cell != "lstm":
+            dc_n = None  # c_n is empty; compiled code gives it a zero gradient all the same
         differentiable = torch.is_grad_enabled()  # create_graph=True
         call = LayerBackward.apply if differentiable else LayerBackward.forward
         fixed = (ctx.cell, ctx.directions, batch_sizes, y, gates, cells, needs)
         return (None, None, None, *call(*fixed, dy, dh_n, dc_n, x, h0, c0, *weights))
 
 
-class LayerBackward(Function):
+class LayerBackward(_Function):
     """The gradients of :class:`Layer`, themselves differentiable.
 
     ``apply(cell, directions, batch_sizes, y, gates, cells, needs, dy, dh_n, dc_n, x, h0, c0,

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .functional import States, stack
+from . import ops
+from .functional import States, autocast_enabled, layer, stack
 
 # Their forward refuses, in torch's own words, what ours does not take. patch() rebinds the names.
 _NN_RNN_CELL, _NN_LSTM_CELL, _NN_GRU_CELL = torch.nn.RNNCell, torch.nn.LSTMCell, torch.nn.GRUCell
@@ -19,7 +20,10 @@ _NN_RNN_CELL, _NN_LSTM_CELL, _NN_GRU_CELL = torch.nn.RNNCell, torch.nn.LSTMCell,
 _NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 _read_weights = itemgetter(*_NAMES)
 _is_compiling = torch.compiler.is_compiling
+_is_grad_enabled = torch.is_grad_enabled
+_eager = ops.eager
 _RNN = {"tanh": "rnn_tanh", "relu": "rnn_relu"}
+_one_step: dict[int, Tensor] = {}  # N -> the batch sizes of one packed step
 
 
 class _Cell(torch.nn.RNNCellBase):
@@ -27,16 +31,42 @@ class _Cell(torch.nn.RNNCellBase):
 
     def _weights(self) -> tuple[Tensor, ...]:
         try:
-            if _is_compiling():
-                raise KeyError
             weights = _read_weights(self._parameters)
         except KeyError:  # replaced by plain tensors or properties
-            weights = tuple([getattr(self, name) for name in _NAMES])
+            return self._weights_by_name()
         return weights if weights[2] is not None else weights[:2]
 
-    def _step(
-        self, cell: str, input: Tensor, states: States | None, weights: tuple[Tensor, ...]
-    ) -> States | None:
+    def _weights_by_name(self) -> tuple[Tensor, ...]:
+        weights = self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
+        return weights if weights[2] is not None else weights[:2]
+
+    def _plain_step(self, cell: str, x: Tensor, h: Tensor, c: Tensor | None) -> Any:
+        """The plain case, in as few Python steps as it takes; None for the others.
+
+        The rows of x are given as one packed step, so that neither x nor y needs a view.
+        """
+        shape = x.shape
+        if (
+            len(shape) == 2
+            and shape[0]
+            and shape[1] == self.input_size
+            and h.shape == (shape[0], self.hidden_size)
+            and (c is None or c.shape == h.shape)
+            and type(x) is Tensor
+            and not autocast_enabled()
+            and not _is_compiling()
+        ):
+            sizes = _one_step.get(shape[0])
+            if sizes is None:
+                sizes = _batch_sizes(shape[0])
+            h0 = h[None]
+            c0 = None if c is None else c[None]
+            if _is_grad_enabled():
+                return layer(cell, x, h0, c0, self._weights(), sizes, 1)
+            return _eager[cell](x, h0, c0, self._weights(), sizes, 1, False)
+        return None
+
+    def _step(self, cell: str, input: Tensor, states: States | None) -> States | None:
         """One step of any input torch.nn takes; None for the others."""
         lead = 3 - input.dim()  # dimensions to add: time, and the batch of a single vector
         if lead not in (1, 2) or input.shape[-1] != self.input_size:
@@ -47,8 +77,17 @@ class _Cell(torch.nn.RNNCellBase):
                 return None
             states = tuple([s[(None,) * lead] for s in states])
         x = input[(None,) * lead]
+        weights = self._weights_by_name() if _is_compiling() else self._weights()
         _, finals = stack(cell, x, states, weights, None, 1, 1, 0.0)
         return tuple([s[(0,) * lead] for s in finals])
+
+
+def _batch_sizes(n: int) -> Tensor:
+    with torch.inference_mode(False):
+        sizes = torch.tensor([n], device="cpu")
+    if type(sizes) is Tensor:  # and not a tracer's
+        _one_step[n] = sizes
+    return sizes
 
 
 class RNNCell(_Cell):
@@ -87,10 +126,13 @@ class RNNCell(_Cell):
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """The next state; arguments, result and errors are torch.nn's (see the class)."""
-        weights = self._weights()
         cell = _RNN.get(self.nonlinearity)
         if cell is not None:
-            states = self._step(cell, input, hx if hx is None else (hx,), weights)
+            if hx is not None:
+                plain = self._plain_step(cell, input, hx, None)
+                if plain is not None:
+                    return plain[0]
+            states = self._step(cell, input, hx if hx is None else (hx,))
             if states is not None:
                 return states[0]
         return _NN_RNN_CELL.forward(self, input, hx)  # type: ignore[arg-type]
@@ -127,7 +169,11 @@ class LSTMCell(_Cell):
         self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
         """The next state; arguments, result and errors are torch.nn's (see the class)."""
-        states = self._step("lstm", input, hx, self._weights())
+        if hx is not None:
+            plain = self._plain_step("lstm", input, hx[0], hx[1])
+            if plain is not None:
+                return plain[0], plain[2][0]
+        states = self._step("lstm", input, hx)
         if states is not None:
             return states[0], states[1]
         return _NN_LSTM_CELL.forward(self, input, hx)  # type: ignore[arg-type]
@@ -156,7 +202,11 @@ class GRUCell(_Cell):
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """The next state; arguments, result and errors are torch.nn's (see the class)."""
-        states = self._step("gru", input, hx if hx is None else (hx,), self._weights())
+        if hx is not None:
+            plain = self._plain_step("gru", input, hx, None)
+            if plain is not None:
+                return plain[0]
+        states = self._step("gru", input, hx if hx is None else (hx,))
         if states is not None:
             return states[0]
         return _NN_GRU_CELL.forward(self, input, hx)  # type: ignore[arg-type]

@@ -22,8 +22,8 @@ from .functional import States, autocast_enabled, layer, network
 _NN_LSTM = torch.nn.LSTM
 
 _CELL = {"LSTM": "lstm", "GRU": "gru", "RNN_TANH": "rnn_tanh", "RNN_RELU": "rnn_relu"}
-_forward = ops.forward
-_lstm = _forward["lstm"]
+_eager = ops.eager
+_lstm = _eager["lstm"]
 _is_grad_enabled = torch.is_grad_enabled
 _is_compiling = torch.compiler.is_compiling
 
@@ -43,19 +43,20 @@ class FusedBase(torch.nn.RNNBase):
         self._name_weights()
 
     def _weights(self) -> Sequence[Tensor]:
-        if not _is_compiling():
-            try:
-                return self._read_weights(self._parameters)
-            except KeyError:  # WeightDrop, parametrizations: plain tensors or properties
-                pass
+        try:
+            return self._read_weights(self._parameters)
+        except KeyError:  # WeightDrop, parametrizations: plain tensors or properties
+            return self._weights_by_name()
+
+    def _weights_by_name(self) -> Sequence[Tensor]:
         return [getattr(self, name) for name in self._flat_weights_names]
 
-    def _network(self, input: Any, hx: Any, weights: Sequence[Tensor]) -> tuple[Any, States]:
+    def _network(self, input: Any, hx: Any) -> tuple[Any, States]:
         return network(
             _CELL[self.mode],
             input,
             hx,
-            weights,
+            self._weights_by_name() if _is_compiling() else self._weights(),
             self.num_layers,
             2 if self.bidirectional else 1,
             self.batch_first,
@@ -85,9 +86,14 @@ class _OneState(FusedBase):
 
     def forward(self, input: Any, hx: Tensor | None = None) -> tuple[Any, Tensor]:
         """Runs the network; arguments, results and errors are torch.nn's (see the class)."""
-        weights = self._weights()
-        # The plain case, in as few Python steps as it takes: one small step costs little more.
-        if hx is not None and type(input) is Tensor and self.num_layers == 1:
+        # The plain case, in as few Python steps as it takes: they are most of a small step's time.
+        if (
+            hx is not None
+            and type(input) is Tensor
+            and self.num_layers == 1
+            and not _is_compiling()
+        ):
+            weights = self._weights()
             shape = input.shape
             directions = 2 if self.bidirectional else 1
             if (
@@ -103,9 +109,9 @@ class _OneState(FusedBase):
                 if _is_grad_enabled():
                     result = layer(cell, input, hx, None, weights, None, directions)
                 else:
-                    result = _forward[cell](input, hx, None, weights, None, directions, False)
+                    result = _eager[cell](input, hx, None, weights, None, directions, False)
                 return result[0], result[1]
-        output, (h_n,) = self._network(input, hx, weights)
+        output, (h_n,) = self._network(input, hx)
         return output, h_n
 
 
@@ -257,8 +263,13 @@ class LSTM(FusedBase):
         self, input: Any, hx: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Any, tuple[Tensor, Tensor]]:
         """Runs the network; arguments, results and errors are torch.nn's (see the class)."""
-        weights = self._weights()
-        if hx is not None and type(input) is Tensor and self.num_layers == 1:  # as in _OneState
+        if (  # as in _OneState
+            hx is not None
+            and type(input) is Tensor
+            and self.num_layers == 1
+            and not _is_compiling()
+        ):
+            weights = self._weights()
             h0, c0 = hx[0], hx[1]
             shape = input.shape
             hidden = self.hidden_size
@@ -278,5 +289,5 @@ class LSTM(FusedBase):
                 else:
                     result = _lstm(input, h0, c0, weights, None, directions, False)
                 return result[0], (result[1], result[2])
-        output, (h_n, c_n) = self._network(input, hx, weights)
+        output, (h_n, c_n) = self._network(input, hx)
         return output, (h_n, c_n)

@@ -20,6 +20,7 @@ Whatever is not asked for or does not exist is an empty ``[0]`` tensor.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -60,11 +61,11 @@ def _fake_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     w_hh = weights[1]
     hidden, projected = w_hh.shape[0] // GATES[cell], w_hh.shape[1]
-    lead = x.shape[:-1]
-    rows = lead.numel()
+    *lead, _ = x.shape
+    rows = math.prod(lead)
     batch: int | torch.SymInt
     if batch_sizes is None:
-        batch = x.shape[1]
+        batch = lead[1]
     elif h0 is not None:
         batch = h0.shape[1]
     else:
@@ -108,6 +109,7 @@ def _fake_backward(
 
 _load()
 forward = {cell: getattr(torch.ops.fusedrnn, cell).default for cell in CELLS}
+eager = {cell: op._op for cell, op in forward.items()}  # without OpOverload's Python frame
 backward = {cell: getattr(torch.ops.fusedrnn, f"{cell}_backward").default for cell in CELLS}
 for _cell in CELLS:
     torch.library.register_fake(f"fusedrnn::{_cell}", partial(_fake_forward, _cell))
