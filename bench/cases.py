@@ -48,9 +48,7 @@ class Case:
         """The table it is printed in; unique with cell and shape."""
         kind = self.mode
         if self.mode in ("packed", "scaling"):
-            kind += ("-" + self.axis if self.axis else "") + (
-                "-training" if self.training else "-inference"
-            )
+            kind += ("-" + self.axis if self.axis else "") + ("-training" if self.training else "-inference")
         return kind
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 
 from .implementations import OURS
-from .report import DIM, GREEN, RED, Cell, Table, microseconds, print_table, print_text
+from .report import DIM, GREEN, RED, Cell, Table, microseconds, names_in, print_table, print_text
 from .results import Entry, Results
 
 
@@ -24,7 +24,7 @@ def show(a: Results, b: Results) -> None:
     in_b = {(row.key, row.threads): row for row in b.rows}
     ratios: dict[str, list[float]] = {}
     for group, rows in a.groups():
-        names = list(dict.fromkeys(k for row in rows for k in row.entries))
+        names = names_in(rows)
         title = f"{group[0].replace('-', ' ')}, {group[1]}, {group[2]} threads: A's time / B's"
         table = Table(title, ["N x T x H", "cell", "A", "B", *names], [])
         for row in rows:

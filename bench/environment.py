@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import importlib
+import importlib.util
 import os
 import platform
 import re
@@ -114,9 +115,7 @@ def _cpu() -> tuple[str, set[str]]:
 def _caches() -> str:
     sizes = []
     for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
-        level, kind, size = (
-            (index / name).read_text().strip() for name in ("level", "type", "size")
-        )
+        level, kind, size = ((index / name).read_text().strip() for name in ("level", "type", "size"))
         if kind != "Instruction":
             sizes.append(f"L{level} {size}")
     return ", ".join(sizes)
@@ -126,15 +125,14 @@ def _version(name: str) -> str | None:
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
-        return None
+        found = importlib.util.find_spec(name)  # built in place, not installed
+        return getattr(importlib.import_module(name), "__version__", None) if found else None
 
 
 def _commit() -> str:
     def git(*args: str) -> str:
         folder = Path(__file__).parent
-        return subprocess.run(
-            ["git", *args], cwd=folder, capture_output=True, text=True, check=True
-        ).stdout.strip()
+        return subprocess.run(["git", *args], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
         changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/")

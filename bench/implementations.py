@@ -112,9 +112,7 @@ def padded(namespace: str) -> Builder:
 def _numpy_inputs(work: Workload) -> dict[str, Any]:
     names = ("x", "initial_h", "initial_c")
     assert isinstance(work.x, Tensor)
-    return {
-        name: t.detach().float().numpy() for name, t in zip(names, (work.x, *work.hx), strict=False)
-    }
+    return {name: t.detach().float().numpy() for name, t in zip(names, (work.x, *work.hx), strict=False)}
 
 
 def _onnx_model(work: Workload, module: str) -> bytes:

@@ -21,7 +21,14 @@ from .cases import Case, Shape
 from .implementations import contestants
 from .workload import make
 
-PRELOAD = ["torch", "onnx", "onnxruntime", "openvino", "bench.implementations"]
+PRELOAD = [
+    "torch",
+    "torch.fx.experimental.symbolic_shapes",
+    "onnx",
+    "onnxruntime",
+    "openvino",
+    "bench.implementations",
+]
 TIMEOUT_S = 120
 
 

@@ -36,9 +36,7 @@ def model(work: Workload) -> bytes:
     def stacked(names: list[str], layer: int) -> np.ndarray:
         """[D, ...]: the weights called `names`, gates reordered, one after another."""
         ends = [f"_l{layer}{end}" for end in ("", "_reverse")[:directions]]
-        return torch.stack(
-            [torch.cat([gates(work.weights[name + end]) for name in names]) for end in ends]
-        ).numpy()
+        return torch.stack([torch.cat([gates(work.weights[name + end]) for name in names]) for end in ends]).numpy()
 
     data = "x"
     for k in range(s.layers):
@@ -74,8 +72,7 @@ def model(work: Workload) -> bytes:
         nodes,
         "rnn",
         [info("x", s.t, s.n, s.h)] + [info(name, *state) for name in given],
-        [info(f"Y{s.layers - 1}", s.t, directions, s.n, s.h)]
-        + [info(name, *state) for name in last],
+        [info(f"Y{s.layers - 1}", s.t, directions, s.n, s.h)] + [info(name, *state) for name in last],
         constants,
     )
     opset = [helper.make_opsetid("", 14)]

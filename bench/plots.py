@@ -81,16 +81,15 @@ def _panel(axis: Any, name: tuple[str, str], rows: list[Row]) -> Any:
     shapes = list(dict.fromkeys(row.shape for row in rows))
     cells = [cell for cell in CELLS if any(row.cell == cell for row in rows)]
     ratios = {(row.shape, row.cell): row.ratio("best") for row in rows}
-    grid = [
-        [math.log2(ratios.get((shape, cell)) or math.nan) for cell in cells] for shape in shapes
-    ]
+    grid = [[math.log2(ratios.get((shape, cell)) or math.nan) for cell in cells] for shape in shapes]
     image = axis.imshow(grid, cmap="RdYlGn", vmin=-2, vmax=2, aspect="auto")
     for y, shape in enumerate(shapes):
         for x, cell in enumerate(cells):
             ratio = ratios.get((shape, cell))
             text = f"{ratio:.2f}" if ratio else "-"
             bold = "bold" if ratio and ratio < 1 else "normal"
-            axis.text(x, y, text, ha="center", va="center", fontsize=8, fontweight=bold)
+            style = {"fontweight": bold, "color": "white" if (ratio or 1) > 2.8 else "black"}
+            axis.text(x, y, text, ha="center", va="center", fontsize=8, **style)
     axis.set_xticks(range(len(cells)), cells, fontsize=8)
     axis.set_yticks(range(len(shapes)), shapes, fontsize=8)
     axis.set_title(f"{name[0].replace('-', ' ')}, {name[1]}", fontsize=9)
@@ -103,12 +102,13 @@ def _scaling(rows: list[Row], title: str, path: Path) -> Path:
 
     names = list(dict.fromkeys(k for row in rows for k in row.entries if k != PADDED))
     cells = [cell for cell in CELLS if any(row.cell == cell for row in rows)]
-    figure, axes = plt.subplots(
-        len(cells), 3, figsize=(12, 3.2 * len(cells)), squeeze=False, layout="constrained"
-    )
+    figure, axes = plt.subplots(len(cells), 3, figsize=(12, 3.2 * len(cells)), squeeze=False, layout="constrained")
     for line, cell in zip(axes, cells, strict=True):
         for axis, letter in zip(line, "NTH", strict=True):
             points = [r for r in rows if r.cell == cell and f"-{letter}-" in r.group]
+            if not points:
+                axis.set_axis_off()
+                continue
             x = [getattr(Shape.parse(row.shape), letter.lower()) for row in points]
             for name in names:
                 y = [row.median(name) or math.nan for row in points]
@@ -118,6 +118,8 @@ def _scaling(rows: list[Row], title: str, path: Path) -> Path:
             axis.plot(x, floor, ":", label="floor", color="black", lw=1)
             axis.set_xscale("log", base=2)
             axis.set_yscale("log")
+            axis.set_xticks(x, map(str, x))
+            axis.minorticks_off()
             axis.grid(alpha=0.3)
             axis.set_xlabel(f"{letter} (N x T x H = 16 x 64 x 128 otherwise)", fontsize=8)
             axis.set_ylabel("us", fontsize=8)

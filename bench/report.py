@@ -53,16 +53,14 @@ def _title(name: tuple[str, str, int], results: Results) -> str:
     return f"{group.replace('-', ' ')}, {dtype}, {where}"
 
 
-def _names(rows: list[Row]) -> list[str]:
+def names_in(rows: list[Row]) -> list[str]:
     """The implementations, without those that do nothing of the kind."""
     entries = [item for row in rows for item in row.entries.items()]
     return list(dict.fromkeys(name for name, entry in entries if entry.status != "n/a"))
 
 
-def _times(
-    name: tuple[str, str, int], rows: list[Row], results: Results, with_targets: bool
-) -> Table:
-    names = _names(rows)
+def _times(name: tuple[str, str, int], rows: list[Row], results: Results, with_targets: bool) -> Table:
+    names = names_in(rows)
     columns = ["N x T x H", "cell", *names]
     ratios = {"vs best": "best", "vs torch": "torch", "vs padded": "padded"}
     if OURS not in names:
@@ -87,7 +85,7 @@ def _times(
 
 
 def _first_use(name: tuple[str, str, int], rows: list[Row], results: Results) -> Table:
-    names = [k for k in _names(rows) if k != PADDED]
+    names = [k for k in names_in(rows) if k != PADDED]
     columns = ["N x T x H", "cell"]
     columns += [f"{k} {unit}" for unit in ("ms", "MiB") for k in names]
     lines = []
@@ -132,9 +130,7 @@ def limits_text(results: Results) -> str:
     lines = []
     for limit in results.limits:
         peaks = ", ".join(f"{k} {v:.0f} GF/s ({limit.source[k]})" for k, v in limit.gflops.items())
-        reads = ", ".join(
-            f"{size // 1024} KiB {gbs:.0f}" for size, gbs in list(limit.read_gbs.items())[::2]
-        )
+        reads = ", ".join(f"{size // 1024} KiB {gbs:.0f}" for size, gbs in list(limit.read_gbs.items())[::2])
         lines.append(f"limits at {limit.threads} threads: {peaks}")
         if reads:
             lines.append(f"  reading, GB/s, by bytes a thread: {reads}")

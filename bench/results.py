@@ -103,13 +103,9 @@ class Results:
 def load(path: Path) -> Results:
     data = json.loads((path / "results.json" if path.is_dir() else path).read_text())
     limits = [
-        Limits(**(item | {"read_gbs": {int(k): v for k, v in item["read_gbs"].items()}}))
-        for item in data["limits"]
+        Limits(**(item | {"read_gbs": {int(k): v for k, v in item["read_gbs"].items()}})) for item in data["limits"]
     ]
-    rows = [
-        Row(**(item | {"entries": {k: Entry(**v) for k, v in item["entries"].items()}}))
-        for item in data["rows"]
-    ]
+    rows = [Row(**(item | {"entries": {k: Entry(**v) for k, v in item["entries"].items()}})) for item in data["rows"]]
     return Results(data["environment"], limits, rows)
 
 
