@@ -26,7 +26,7 @@ class _Function(Function):
         (it fills in default arguments; there are none)."""
         if torch._C._are_functorch_transforms_active():
             return super().apply(*args)
-        return super(Function, cls).apply(*args)
+        return super(Function, cls).apply(*args)  # type: ignore[misc]
 
 
 class Layer(_Function):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .functional import States, autocast_enabled, layer, stack
+from .functional import States, autocast_enabled, in_torch_words, layer, stack
 
 # Their forward refuses, in torch's own words, what ours does not take. patch() rebinds the names.
 _NN_RNN_CELL, _NN_LSTM_CELL, _NN_GRU_CELL = torch.nn.RNNCell, torch.nn.LSTMCell, torch.nn.GRUCell
@@ -45,20 +45,17 @@ class _Cell(torch.nn.RNNCellBase):
 
         The rows of x are given as one packed step, so that neither x nor y needs a view.
         """
-        shape = x.shape
         if (
-            len(shape) == 2
-            and shape[0]
-            and shape[1] == self.input_size
-            and h.shape == (shape[0], self.hidden_size)
-            and (c is None or c.shape == h.shape)
-            and type(x) is Tensor
+            type(x) is Tensor
+            and x.dim() == 2
+            and x.shape[0]
             and not autocast_enabled()
             and not _is_compiling()
         ):
-            sizes = _one_step.get(shape[0])
+            n = x.shape[0]
+            sizes = _one_step.get(n)
             if sizes is None:
-                sizes = _batch_sizes(shape[0])
+                sizes = _batch_sizes(n)
             h0 = h[None]
             c0 = None if c is None else c[None]
             if _is_grad_enabled():
@@ -66,15 +63,17 @@ class _Cell(torch.nn.RNNCellBase):
             return _eager[cell](x, h0, c0, self._weights(), sizes, 1, False)
         return None
 
-    def _step(self, cell: str, input: Tensor, states: States | None) -> States | None:
-        """One step of any input torch.nn takes; None for the others."""
+    def _step(self, cell: str, input: Tensor, states: States | None) -> States:
+        """One step of any input torch.nn takes."""
         lead = 3 - input.dim()  # dimensions to add: time, and the batch of a single vector
-        if lead not in (1, 2) or input.shape[-1] != self.input_size:
-            return None
         expected = (*input.shape[:-1], self.hidden_size)
+        if (
+            lead not in (1, 2)
+            or input.shape[-1] != self.input_size
+            or any(s.shape != expected for s in states or ())
+        ):
+            raise RuntimeError("input or state of the wrong shape")  # torch.nn says which
         if states is not None:
-            if any(s.shape != expected for s in states):
-                return None
             states = tuple([s[(None,) * lead] for s in states])
         x = input[(None,) * lead]
         weights = self._weights_by_name() if _is_compiling() else self._weights()
@@ -126,16 +125,15 @@ class RNNCell(_Cell):
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """The next state; arguments, result and errors are torch.nn's (see the class)."""
-        cell = _RNN.get(self.nonlinearity)
-        if cell is not None:
+        try:
+            cell = _RNN[self.nonlinearity]
             if hx is not None:
                 plain = self._plain_step(cell, input, hx, None)
                 if plain is not None:
                     return plain[0]
-            states = self._step(cell, input, hx if hx is None else (hx,))
-            if states is not None:
-                return states[0]
-        return _NN_RNN_CELL.forward(self, input, hx)  # type: ignore[arg-type]
+            return self._step(cell, input, hx if hx is None else (hx,))[0]
+        except Exception as error:
+            raise in_torch_words(_NN_RNN_CELL.forward, self, input, hx, error) from None
 
 
 class LSTMCell(_Cell):
@@ -169,14 +167,16 @@ class LSTMCell(_Cell):
         self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
         """The next state; arguments, result and errors are torch.nn's (see the class)."""
-        if hx is not None:
-            plain = self._plain_step("lstm", input, hx[0], hx[1])
-            if plain is not None:
-                return plain[0], plain[2][0]
-        states = self._step("lstm", input, hx)
-        if states is not None:
-            return states[0], states[1]
-        return _NN_LSTM_CELL.forward(self, input, hx)  # type: ignore[arg-type]
+        try:
+            if hx is not None:
+                h, c = hx
+                plain = self._plain_step("lstm", input, h, c)
+                if plain is not None:
+                    return plain[0], plain[2][0]
+            h, c = self._step("lstm", input, hx)
+            return h, c
+        except Exception as error:
+            raise in_torch_words(_NN_LSTM_CELL.forward, self, input, hx, error) from None
 
 
 class GRUCell(_Cell):
@@ -202,11 +202,11 @@ class GRUCell(_Cell):
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """The next state; arguments, result and errors are torch.nn's (see the class)."""
-        if hx is not None:
-            plain = self._plain_step("gru", input, hx, None)
-            if plain is not None:
-                return plain[0]
-        states = self._step("gru", input, hx if hx is None else (hx,))
-        if states is not None:
-            return states[0]
-        return _NN_GRU_CELL.forward(self, input, hx)  # type: ignore[arg-type]
+        try:
+            if hx is not None:
+                plain = self._plain_step("gru", input, hx, None)
+                if plain is not None:
+                    return plain[0]
+            return self._step("gru", input, hx if hx is None else (hx,))[0]
+        except Exception as error:
+            raise in_torch_words(_NN_GRU_CELL.forward, self, input, hx, error) from None

@@ -10,7 +10,7 @@ Under :class:`torch.autocast` the input, the states and the weights are cast to 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,6 @@ from . import ops
 from .autograd import Layer
 
 States = tuple[Tensor, ...]  # (h,) or (h, c)
-Check = Callable[[Tensor, States | None, Tensor | None], None]  # (input, states, batch_sizes)
 
 autocast_enabled = torch._C._is_any_autocast_enabled
 
@@ -130,6 +129,15 @@ def rnn(
     return output, h_n
 
 
+def in_torch_words(forward: Any, module: Any, input: Any, hx: Any, error: Exception) -> Exception:
+    """What torch.nn's ``forward`` raises for the arguments that gave ``error``, or else that."""
+    try:
+        forward(module, input, hx)
+    except Exception as theirs:
+        return theirs
+    return error
+
+
 def layer(
     cell: str,
     x: Tensor,
@@ -159,66 +167,41 @@ def network(
     directions: int,
     batch_first: bool,
     dropout: float,
-    check: Check,
 ) -> tuple[Any, States]:
-    """What the functions and the modules share: any input torch.nn takes, through all the layers.
-
-    ``check`` raises torch.nn's error; it is called where dtypes or shapes are not the plain ones.
-    """
+    """The functions' and the modules' common part: any input torch.nn takes, through all layers."""
     states: States | None = None
     if hx is not None:
-        states = (hx[0], hx[1]) if cell == "lstm" else (hx,)
-    batch_sizes = sorted_indices = unsorted_indices = None
-    packed = isinstance(input, PackedSequence)
-    batched, batch_dim = True, 0 if batch_first else 1
-    x: Tensor
+        states = tuple(hx) if cell == "lstm" else (hx,)
     if isinstance(input, PackedSequence):
-        x, batch_sizes, sorted_indices, unsorted_indices = input
+        data, batch_sizes, sorted_indices, unsorted_indices = input
         if states is not None and sorted_indices is not None:
-            states = tuple(s.index_select(1, sorted_indices) for s in states)
+            states = tuple([s.index_select(1, sorted_indices) for s in states])
         batch = int(batch_sizes[0]) if sorted_indices is None else sorted_indices.shape[0]
-    else:
-        x = input
-        batched = x.dim() == 3
-        _check_dimensions(cell, x, states)
-        if not batched:
-            x = x.unsqueeze(batch_dim)
-            states = None if states is None else tuple(s.unsqueeze(1) for s in states)
-        batch = x.shape[batch_dim]
-
-    w_ih, w_hh = weights[0], weights[1]
-    rows = num_layers * directions
-    expected = ((rows, batch, w_hh.shape[1]), (rows, batch, w_ih.shape[0] // ops.GATES[cell]))
-    if (
-        x.dtype != w_ih.dtype
-        or x.dim() != (2 if packed else 3)
-        or x.shape[-1] != w_ih.shape[1]
-        or (
-            states is not None and any(s.shape != e for s, e in zip(states, expected, strict=False))
-        )
-    ):
-        check(x, states, batch_sizes)
-
-    if packed:
+        expected = _check_sizes(cell, data, states, weights, num_layers * directions, batch, 2)
         if states is None:
-            count = 2 if cell == "lstm" else 1
-            states = tuple(x.new_zeros(e) for e in expected[:count])
-    else:
-        if batch_first:
-            x = x.transpose(0, 1)
-        if x.shape[0] == 0:
-            raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-
-    y, finals = stack(cell, x, states, weights, batch_sizes, num_layers, directions, dropout)
-
-    if packed:
+            states = tuple([data.new_zeros(e) for e in expected])
+        y, finals = stack(cell, data, states, weights, batch_sizes, num_layers, directions, dropout)
         if unsorted_indices is not None:
-            finals = tuple(s.index_select(1, unsorted_indices) for s in finals)
+            finals = tuple([s.index_select(1, unsorted_indices) for s in finals])
         return PackedSequence(y, batch_sizes, sorted_indices, unsorted_indices), finals
+
+    _check_dimensions(cell, input, states)
+    batched, batch_dim = input.dim() == 3, 0 if batch_first else 1
+    x = input
+    if not batched:
+        x = x.unsqueeze(batch_dim)
+        states = None if states is None else tuple([s.unsqueeze(1) for s in states])
+    batch = x.shape[batch_dim]
+    _check_sizes(cell, x, states, weights, num_layers * directions, batch, 3)
+    if batch_first:
+        x = x.transpose(0, 1)
+    if x.shape[0] == 0:
+        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+    y, finals = stack(cell, x, states, weights, None, num_layers, directions, dropout)
     if batch_first:
         y = y.transpose(0, 1)
     if not batched:
-        y, finals = y.squeeze(batch_dim), tuple(s.squeeze(1) for s in finals)
+        y, finals = y.squeeze(batch_dim), tuple([s.squeeze(1) for s in finals])
     return y, finals
 
 
@@ -248,18 +231,17 @@ def stack(
     for k in range(num_layers):
         if k > 0 and dropout > 0:
             x = torch.dropout(x, dropout, True)
-        h0 = c0 = None
-        if states is not None:
-            own = slice(k * directions, (k + 1) * directions)
-            h0 = states[0][own]
-            c0 = states[1][own] if cell == "lstm" else None
+        own: States = states or ()
+        if num_layers > 1:
+            own = tuple([s[k * directions : (k + 1) * directions] for s in own])
+        h0, c0 = (*own, None, None)[:2]
         x, h_n, c_n, *_ = layer(
             cell, x, h0, c0, weights[k * count : (k + 1) * count], batch_sizes, directions
         )
         finals.append((h_n, c_n) if cell == "lstm" else (h_n,))
     if num_layers == 1:
         return x, finals[0]
-    return x, tuple(torch.cat(s) for s in zip(*finals, strict=True))
+    return x, tuple([torch.cat(s) for s in zip(*finals, strict=True)])
 
 
 def _cast(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
@@ -287,6 +269,41 @@ def _check_dimensions(cell: str, x: Tensor, states: States | None) -> None:
         )
 
 
+def _check_sizes(
+    cell: str,
+    x: Tensor,
+    states: States | None,
+    weights: Sequence[Tensor],
+    rows: int,
+    batch: int,
+    dim: int,
+) -> list[tuple[int, int, int]]:
+    """torch.nn's errors about the input's dtype and all sizes. Returns the shapes of the states."""
+    w_ih, w_hh = weights[0], weights[1]
+    if x.dtype != w_ih.dtype and not autocast_enabled():
+        raise ValueError(
+            f"RNN input dtype ({x.dtype}) does not match weight dtype ({w_ih.dtype}). "
+            f"Convert input: input.to({w_ih.dtype}), or convert model: model.to({x.dtype})"
+        )
+    if x.dim() != dim:
+        raise RuntimeError(f"input must have {dim} dimensions, got {x.dim()}")
+    if x.shape[-1] != w_ih.shape[1]:
+        raise RuntimeError(
+            "input.size(-1) must be equal to input_size. "
+            f"Expected {w_ih.shape[1]}, got {x.shape[-1]}"
+        )
+    expected = [(rows, batch, w_hh.shape[1])]
+    if cell == "lstm":
+        expected.append((rows, batch, w_ih.shape[0] // 4))
+    if states is not None and len(states) != len(expected):
+        raise RuntimeError("lstm expects two hidden states")
+    for k, (s, e) in enumerate(zip(states or (), expected, strict=False)):
+        if s.shape != e:
+            name = f"hidden[{k}]" if cell == "lstm" else "hidden"
+            raise RuntimeError(f"Expected {name} size {e}, got {list(s.shape)}")
+    return expected
+
+
 def _call(
     cell: str,
     input: Tensor | PackedSequence,
@@ -303,28 +320,4 @@ def _call(
         raise ValueError(
             f"{cell}: got {len(weights)} weights for {num_layers} layers of {directions} directions"
         )
-
-    def check(x: Tensor, states: States | None, batch_sizes: Tensor | None) -> None:
-        w_ih, w_hh = weights[0], weights[1]
-        if x.dtype != w_ih.dtype and not autocast_enabled():
-            raise ValueError(
-                f"RNN input dtype ({x.dtype}) does not match weight dtype ({w_ih.dtype}). "
-                f"Convert input: input.to({w_ih.dtype}), or convert model: model.to({x.dtype})"
-            )
-        dim = 3 if batch_sizes is None else 2
-        if x.dim() != dim:
-            raise RuntimeError(f"input must have {dim} dimensions, got {x.dim()}")
-        if x.shape[-1] != w_ih.shape[1]:
-            raise RuntimeError(
-                "input.size(-1) must be equal to input_size. "
-                f"Expected {w_ih.shape[1]}, got {x.shape[-1]}"
-            )
-        batch = x.shape[0 if batch_first else 1] if batch_sizes is None else int(batch_sizes[0])
-        sizes = (w_hh.shape[1], w_ih.shape[0] // ops.GATES[cell])
-        for k, s in enumerate(states or ()):
-            expected = (num_layers * directions, batch, sizes[k])
-            if s.shape != expected:
-                name = f"hidden[{k}]" if cell == "lstm" else "hidden"
-                raise RuntimeError(f"Expected {name} size {expected}, got {list(s.shape)}")
-
-    return network(cell, input, hx, weights, num_layers, directions, batch_first, dropout, check)
+    return network(cell, input, hx, weights, num_layers, directions, batch_first, dropout)

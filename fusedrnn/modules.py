@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from . import ops
-from .functional import States, autocast_enabled, layer, network
+from .functional import States, autocast_enabled, in_torch_words, layer, network
 
-# Their methods keep torch's own checks and messages. Taken now: patch() rebinds the name.
-_NN_LSTM = torch.nn.LSTM
+# Taken now: patch() rebinds the names.
+_NN_RNN, _NN_LSTM, _NN_GRU = torch.nn.RNN, torch.nn.LSTM, torch.nn.GRU
 
 _CELL = {"LSTM": "lstm", "GRU": "gru", "RNN_TANH": "rnn_tanh", "RNN_RELU": "rnn_relu"}
 _eager = ops.eager
@@ -29,7 +29,12 @@ _is_compiling = torch.compiler.is_compiling
 
 
 class FusedBase(torch.nn.RNNBase):
-    """What the three share: weights read by name at every call, and the way into the layers."""
+    """What the three share: weights read by name at every call, and the way into the layers.
+
+    Arguments that ours refuses are handed to torch.nn's forward, to raise its error in its words.
+    """
+
+    _torch_forward: Any
 
     def _init_flat_weights(self) -> None:
         self._name_weights()
@@ -61,16 +66,7 @@ class FusedBase(torch.nn.RNNBase):
             2 if self.bidirectional else 1,
             self.batch_first,
             self.dropout if self.training else 0.0,
-            self._check,
         )
-
-    def _check(self, input: Tensor, states: States | None, batch_sizes: Tensor | None) -> None:
-        self._update_flat_weights()
-        if states is None:
-            self.check_input(input, batch_sizes)
-        else:
-            hidden: Any = states if len(states) == 2 else states[0]
-            self.check_forward_args(input, hidden, batch_sizes)
 
 
 class _OneState(FusedBase):
@@ -86,33 +82,30 @@ class _OneState(FusedBase):
 
     def forward(self, input: Any, hx: Tensor | None = None) -> tuple[Any, Tensor]:
         """Runs the network; arguments, results and errors are torch.nn's (see the class)."""
-        # The plain case, in as few Python steps as it takes: they are most of a small step's time.
-        if (
-            hx is not None
-            and type(input) is Tensor
-            and self.num_layers == 1
-            and not _is_compiling()
-        ):
-            weights = self._weights()
-            shape = input.shape
-            directions = 2 if self.bidirectional else 1
+        try:
+            # The plain case in as few Python steps as it takes; the op checks the arguments.
             if (
-                not self.batch_first
-                and len(shape) == 3
-                and shape[0]
-                and shape[2] == self.input_size
-                and hx.shape == (directions, shape[1], self.hidden_size)
-                and input.dtype is weights[0].dtype
+                hx is not None
+                and type(input) is Tensor
+                and self.num_layers == 1
+                and not self.batch_first
+                and input.dim() == 3
+                and input.shape[0]
                 and not autocast_enabled()
+                and not _is_compiling()
             ):
+                directions = 2 if self.bidirectional else 1
                 cell = _CELL[self.mode]
+                weights = self._weights()
                 if _is_grad_enabled():
                     result = layer(cell, input, hx, None, weights, None, directions)
                 else:
                     result = _eager[cell](input, hx, None, weights, None, directions, False)
                 return result[0], result[1]
-        output, (h_n,) = self._network(input, hx)
-        return output, h_n
+            output, (h_n,) = self._network(input, hx)
+            return output, h_n
+        except Exception as error:
+            raise in_torch_words(self._torch_forward, self, input, hx, error) from None
 
 
 class RNN(_OneState):
@@ -137,6 +130,8 @@ class RNN(_OneState):
     Raises:
         ValueError, TypeError, RuntimeError: as torch.nn.RNN does, in its words.
     """
+
+    _torch_forward = staticmethod(_NN_RNN.forward)
 
     @overload
     def __init__(
@@ -181,6 +176,8 @@ class GRU(_OneState):
 
     Args, inputs, outputs and errors are those of :class:`RNN`, without ``nonlinearity``.
     """
+
+    _torch_forward = staticmethod(_NN_GRU.forward)
 
     @overload
     def __init__(
@@ -245,6 +242,7 @@ class LSTM(FusedBase):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__("LSTM", *args, **kwargs)
 
+    _torch_forward = staticmethod(_NN_LSTM.forward)
     get_expected_cell_size = _NN_LSTM.get_expected_cell_size
     check_forward_args = _NN_LSTM.check_forward_args  # type: ignore[assignment]
     permute_hidden = _NN_LSTM.permute_hidden  # type: ignore[assignment]
@@ -263,31 +261,28 @@ class LSTM(FusedBase):
         self, input: Any, hx: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Any, tuple[Tensor, Tensor]]:
         """Runs the network; arguments, results and errors are torch.nn's (see the class)."""
-        if (  # as in _OneState
-            hx is not None
-            and type(input) is Tensor
-            and self.num_layers == 1
-            and not _is_compiling()
-        ):
-            weights = self._weights()
-            h0, c0 = hx[0], hx[1]
-            shape = input.shape
-            hidden = self.hidden_size
-            directions = 2 if self.bidirectional else 1
-            if (
-                not self.batch_first
-                and len(shape) == 3
-                and shape[0]
-                and shape[2] == self.input_size
-                and h0.shape == (directions, shape[1], self.proj_size or hidden)
-                and c0.shape == (directions, shape[1], hidden)
-                and input.dtype is weights[0].dtype
+        try:
+            if (  # as in _OneState
+                hx is not None
+                and type(input) is Tensor
+                and self.num_layers == 1
+                and not self.batch_first
+                and input.dim() == 3
+                and input.shape[0]
                 and not autocast_enabled()
+                and not _is_compiling()
             ):
+                h0, c0 = hx
+                if h0 is None or c0 is None:
+                    raise TypeError("hx must be None or two tensors")
+                directions = 2 if self.bidirectional else 1
+                weights = self._weights()
                 if _is_grad_enabled():
                     result = layer("lstm", input, h0, c0, weights, None, directions)
                 else:
                     result = _lstm(input, h0, c0, weights, None, directions, False)
                 return result[0], (result[1], result[2])
-        output, (h_n, c_n) = self._network(input, hx)
-        return output, (h_n, c_n)
+            output, (h_n, c_n) = self._network(input, hx)
+            return output, (h_n, c_n)
+        except Exception as error:
+            raise in_torch_words(self._torch_forward, self, input, hx, error) from None

@@ -70,9 +70,14 @@ def _fake_forward(
         batch = h0.shape[1]
     else:
         batch = torch.library.get_ctx().new_dynamic_size()
+    _check("x", x, x, (*lead, weights[0].shape[1]))
+    _check("h0", h0, x, (directions, batch, projected))
+    _check("c0", c0, x, (directions, batch, hidden))
+    for w in weights:
+        _check("weights", w, x, w.shape)
     y = x.new_empty(*lead, directions * projected)
     h_n = x.new_empty(directions, batch, projected)
-    c_n = gates = cells = x.new_empty(0)
+    c_n, gates, cells = x.new_empty(0), x.new_empty(0), x.new_empty(0)
     if cell == "lstm":
         c_n = x.new_empty(directions, batch, hidden)
         if save:
@@ -82,6 +87,17 @@ def _fake_forward(
         has_projection = len(weights) // directions % 2  # then h before the projection is kept too
         gates = x.new_empty(rows, directions, SAVED[cell] + has_projection, hidden)
     return y, h_n, c_n, gates, cells
+
+
+def _check(name: str, t: Tensor | None, x: Tensor, shape: Sequence[int | torch.SymInt]) -> None:
+    if t is None:
+        return
+    if t.device != x.device or t.dtype != x.dtype:
+        raise RuntimeError(
+            f"fusedrnn: {name}: expected {x.dtype} on {x.device}, got {t.dtype} on {t.device}"
+        )
+    if t.shape != tuple(shape):
+        raise RuntimeError(f"fusedrnn: {name}: expected {list(shape)}, got {list(t.shape)}")
 
 
 def _fake_backward(
