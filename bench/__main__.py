@@ -75,6 +75,8 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def _measure(options: argparse.Namespace) -> int:
+    if options.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("--device cuda: torch finds no GPU")
     ours = None if options.peers_only else options.ours
     if ours and importlib.util.find_spec(ours) is None:
         sys.exit(f"{ours} is not installed: `pip install .` first, or give --peers-only")

@@ -1,6 +1,6 @@
 """The correctness gate: nothing is timed that doesn't compute what torch.nn computes.
 
-The reference is torch.nn on the CPU in float32, from the same (rounded) weights and inputs, so that
+The reference is torch.nn in full float32, from the same (rounded) weights and inputs, so that
 the errors of narrow dtypes are seen for every implementation, torch.nn's own included.
 """
 

@@ -1,8 +1,8 @@
 """First-call time and peak memory, each in a process of its own.
 
 A fork server that has imported the libraries but run nothing forks one child a measurement: the
-first call is a process's first, and the peak resident set above the inputs and weights is this
-implementation's alone, whatever allocator it uses.
+first call is a process's first, and the growth of the peak resident set is this implementation's
+alone, whatever allocator it uses: its module or session with the weights, and one call.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ TIMEOUT_S = 120
 class FirstUse:
     first_ms: float | None  # the first call in a fresh process
     setup_ms: float | None  # making the module, session or compiled model before it
-    peak_mib: float | None  # of making and one call, above inputs and weights
+    peak_mib: float | None  # of making it and one call, its weights included
 
 
 def start_server(ours: str | None) -> None:

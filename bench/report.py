@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from . import environment
+from .cases import Shape
 from .implementations import OURS, PADDED
 from .results import DISTURBED, Entry, Results, Row
 from .targets import verdicts
@@ -71,6 +72,9 @@ def _times(name: tuple[str, str, int], rows: list[Row], results: Results, with_t
     if with_targets and ratios:
         columns.append("target")
     columns.append("floor")
+    per_step = results.environment["device"] == "cuda"
+    if per_step:
+        columns.append("us/step")
     lines = []
     for row in rows:
         mark = "*" if row.others > DISTURBED else ""
@@ -79,7 +83,10 @@ def _times(name: tuple[str, str, int], rows: list[Row], results: Results, with_t
         line += [ratio_cell(row.ratio(peer)) for peer in ratios.values()]
         if "target" in columns:
             line.append(_verdict(row, results))
-        line.append(_floor(row, row.median(OURS if ratios else row.best_peer or "")))
+        ours = row.median(OURS if ratios else row.best_peer or "")
+        line.append(_floor(row, ours))
+        if per_step:
+            line.append((f"{ours / Shape.parse(row.shape).t:.2f}" if ours else "", DIM))
         lines.append(line)
     return Table(_title(name, results), columns, lines)
 
@@ -145,8 +152,8 @@ NOTES = """\
 Times are medians of interleaved rounds, ± half the distance between the quartiles. "vs" is a peer's
 time over ours, above 1 is faster; "vs padded" is ours on the padded batch, scaled by its rows.
 The floor is max(flops / peak, weight bytes / bandwidth) at the limits above, without any pointwise
-work, and the share it is of our time. First call and peak memory (over inputs and weights) are of a
-fresh process. * Other processes used the processors meanwhile."""
+work, and the share it is of our time. First call and peak memory (module or session with its
+weights, and one call) are of a fresh process. * Other processes used the processors meanwhile."""
 
 
 def show(results: Results, with_targets: bool = False) -> None:

@@ -14,7 +14,7 @@ import torch
 
 SAMPLE_NS = 1_000_000  # a timing sample lasts at least this long; fast calls are looped in it
 LEAD_IN_NS = 10_000_000  # calls faster than this get one untimed call first, to wake their threads
-SETTLE_S = 0.004  # idle threads of the previous library (OpenMP's, ONNX Runtime's) spin this long
+SETTLE_S = 0.05  # at most this long for the threads of the last library to stop spinning
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,20 @@ class Timing:
 
 class CpuClock:
     def __init__(self, threads: int) -> None:
-        self.settle = SETTLE_S if threads > 1 else 0.0
+        self.threads = threads
+
+    def settle(self) -> None:
+        """Waits for idle workers (OpenMP's, ONNX Runtime's), which spin for milliseconds."""
+        deadline = time.perf_counter() + (SETTLE_S if self.threads > 1 else 0.0)
+        while time.perf_counter() < deadline:
+            before = time.process_time()
+            time.sleep(0.002)
+            if time.process_time() - before < 0.0005:
+                return
 
     def sample(self, call: Callable[[], Any], inner: int, lead_in: bool = False) -> float:
         """Nanoseconds of one call, the mean of `inner`."""
-        if self.settle:
-            time.sleep(self.settle)
+        self.settle()
         if lead_in:
             call()
         loop = range(inner)
@@ -46,8 +54,6 @@ class CpuClock:
 
 
 class CudaClock:
-    settle = 0.0
-
     def sample(self, call: Callable[[], Any], inner: int, lead_in: bool = False) -> float:
         start = torch.cuda.Event(enable_timing=True)
         end = torch.cuda.Event(enable_timing=True)
@@ -67,10 +73,9 @@ Clock = CpuClock | CudaClock
 def measure(
     calls: dict[str, Callable[[], Any]], clock: Clock, budget_s: float, rounds: tuple[int, int]
 ) -> dict[str, Timing]:
-    """Times every call in as many interleaved rounds as fit the budget, within `rounds`."""
+    """Times every call in interleaved rounds: for the budget, within the limits of `rounds`."""
     inner: dict[str, int] = {}
     lead_in: dict[str, bool] = {}
-    round_ns = 0.0
     for name, call in calls.items():
         clock.sample(call, 1)  # warm-up
         estimate = clock.sample(call, 1)
@@ -78,16 +83,17 @@ def measure(
             estimate = min(clock.sample(call, math.ceil(SAMPLE_NS / 4 / estimate)), estimate)
         inner[name] = max(1, math.ceil(SAMPLE_NS / estimate))
         lead_in[name] = estimate < LEAD_IN_NS
-        round_ns += estimate * (inner[name] + lead_in[name]) + clock.settle * 1e9
-    count = int(min(max(budget_s * 1e9 / round_ns, rounds[0]), rounds[1]))
 
     names = list(calls)
     samples: dict[str, list[float]] = {name: [] for name in names}
     collecting = gc.isenabled()
     gc.collect()
     gc.disable()
+    deadline = time.perf_counter() + budget_s
     try:
-        for r in range(count):
+        for r in range(rounds[1]):
+            if r >= rounds[0] and time.perf_counter() > deadline:
+                break
             first = r % len(names)
             for name in names[first:] + names[:first]:
                 samples[name].append(clock.sample(calls[name], inner[name], lead_in[name]))
