@@ -98,7 +98,7 @@ def _measure(options: argparse.Namespace) -> int:
         options.device,
         options.budget,
         options.rounds,
-        1 if options.quick else 3,
+        1 if options.quick else 4,
         0 if options.no_first_use else 1 if options.quick else 3,
         frozenset(filter(None, options.without.split(","))),
     )
@@ -113,7 +113,7 @@ def _measure(options: argparse.Namespace) -> int:
     for threads in counts:
         torch.set_num_threads(threads)
         dtypes = sorted({case.dtype for case in cases})
-        limit = limits.measure(dtypes, threads, options.device)
+        limit = limits.measure(dtypes, threads, options.device, fixed.tries)
         results.limits.append(limit)
         for i, case in enumerate(cases):
             if case.mode == "scaling" and threads != counts[-1]:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from . import environment
 from .cases import GATES, Case
 
 SIZES = tuple(2**k for k in range(14, 27))  # bytes read by each thread: 16 KiB to 64 MiB
@@ -66,7 +67,23 @@ class Limits:
         return max((flops_us, "flops"), (bytes_us, "bytes"))
 
 
-def measure(dtypes: list[str], threads: int, device: str) -> Limits:
+def measure(dtypes: list[str], threads: int, device: str, tries: int) -> Limits:
+    """The best of some tries; one is enough if nothing else uses the processors."""
+    best = Limits(threads)
+    for _ in range(tries):
+        watch = environment.Others()
+        found = _measure_once(dtypes, threads, device)
+        for dtype, gflops in found.gflops.items():
+            if gflops > best.gflops.get(dtype, 0.0):
+                best.gflops[dtype], best.source[dtype] = gflops, found.source[dtype]
+        for size, gbs in found.read_gbs.items():
+            best.read_gbs[size] = max(gbs, best.read_gbs.get(size, 0.0))
+        if watch.share() < 0.05:
+            break
+    return best
+
+
+def _measure_once(dtypes: list[str], threads: int, device: str) -> Limits:
     found = Limits(threads)
     for dtype in dtypes:
         found.gflops[dtype], found.source[dtype] = _mm_gflops(dtype, device), "torch.mm"
