@@ -92,12 +92,12 @@ class LayerBackward(_Function):
         c0: Tensor | None,
         *weights: Tensor,
     ) -> tuple[Tensor | None, ...]:
-        mask = sum(1 << bit for bit, need in enumerate(needs) if need)
+        mask = sum([1 << bit for bit, need in enumerate(needs) if need])
         dx, dh0, dc0, dweights = ops.backward[cell](
             dy, dh_n, dc_n, x, h0, c0, weights, batch_sizes, directions, y, gates, cells, mask
         )
         gradients = (dx, dh0, dc0, *dweights)
-        return tuple(g if need else None for g, need in zip(gradients, needs, strict=True))
+        return tuple([g if need else None for g, need in zip(gradients, needs, strict=True)])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
@@ -142,13 +142,9 @@ def _vjp(
 ) -> Sequence[Tensor | None]:
     """torch.autograd.grad, passing over outputs without a graph or an upstream gradient."""
     pairs = [
-        (o, g)
-        for o, g in zip(outputs, upstream, strict=True)
-        if o is not None and g is not None and o.requires_grad
+        (o, g) for o, g in zip(outputs, upstream, strict=True) if o is not None and g is not None and o.requires_grad
     ]
     if not pairs or not inputs:
         return [None] * len(inputs)
     used, gradients = zip(*pairs, strict=True)
-    return torch.autograd.grad(
-        used, inputs, gradients, create_graph=create_graph, allow_unused=True
-    )
+    return torch.autograd.grad(used, inputs, gradients, create_graph=create_graph, allow_unused=True)

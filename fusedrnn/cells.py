@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .functional import States, autocast_enabled, in_torch_words, layer, stack
+from .functional import ARGUMENT_ERRORS, States, autocast_enabled, in_torch_words, layer, stack
 
 # Their forward refuses, in torch's own words, what ours does not take. patch() rebinds the names.
 _NN_RNN_CELL, _NN_LSTM_CELL, _NN_GRU_CELL = torch.nn.RNNCell, torch.nn.LSTMCell, torch.nn.GRUCell
@@ -45,13 +45,7 @@ class _Cell(torch.nn.RNNCellBase):
 
         The rows of x are given as one packed step, so that neither x nor y needs a view.
         """
-        if (
-            type(x) is Tensor
-            and x.dim() == 2
-            and x.shape[0]
-            and not autocast_enabled()
-            and not _is_compiling()
-        ):
+        if type(x) is Tensor and x.dim() == 2 and x.shape[0] and not autocast_enabled() and not _is_compiling():
             n = x.shape[0]
             sizes = _one_step.get(n)
             if sizes is None:
@@ -67,11 +61,7 @@ class _Cell(torch.nn.RNNCellBase):
         """One step of any input torch.nn takes."""
         lead = 3 - input.dim()  # dimensions to add: time, and the batch of a single vector
         expected = (*input.shape[:-1], self.hidden_size)
-        if (
-            lead not in (1, 2)
-            or input.shape[-1] != self.input_size
-            or any(s.shape != expected for s in states or ())
-        ):
+        if lead not in (1, 2) or input.shape[-1] != self.input_size or any(s.shape != expected for s in states or ()):
             raise RuntimeError("input or state of the wrong shape")  # torch.nn says which
         if states is not None:
             states = tuple([s[(None,) * lead] for s in states])
@@ -132,7 +122,7 @@ class RNNCell(_Cell):
                 if plain is not None:
                     return plain[0]
             return self._step(cell, input, hx if hx is None else (hx,))[0]
-        except Exception as error:
+        except ARGUMENT_ERRORS as error:
             raise in_torch_words(_NN_RNN_CELL.forward, self, input, hx, error) from None
 
 
@@ -163,9 +153,7 @@ class LSTMCell(_Cell):
     ) -> None:
         super().__init__(input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype)
 
-    def forward(
-        self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """The next state; arguments, result and errors are torch.nn's (see the class)."""
         try:
             if hx is not None:
@@ -175,7 +163,7 @@ class LSTMCell(_Cell):
                     return plain[0], plain[2][0]
             h, c = self._step("lstm", input, hx)
             return h, c
-        except Exception as error:
+        except ARGUMENT_ERRORS as error:
             raise in_torch_words(_NN_LSTM_CELL.forward, self, input, hx, error) from None
 
 
@@ -208,5 +196,5 @@ class GRUCell(_Cell):
                 if plain is not None:
                     return plain[0]
             return self._step("gru", input, hx if hx is None else (hx,))[0]
-        except Exception as error:
+        except ARGUMENT_ERRORS as error:
             raise in_torch_words(_NN_GRU_CELL.forward, self, input, hx, error) from None

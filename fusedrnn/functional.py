@@ -22,6 +22,9 @@ from .autograd import Layer
 
 States = tuple[Tensor, ...]  # (h,) or (h, c)
 
+# What wrong arguments raise; other exceptions pass (checkpointing stops a forward with one).
+ARGUMENT_ERRORS = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
 autocast_enabled = torch._C._is_any_autocast_enabled
 
 
@@ -64,9 +67,7 @@ def lstm(
             of weights is wrong.
         RuntimeError: sizes disagree, or the sequence is empty.
     """
-    output, (h_n, c_n) = _call(
-        "lstm", input, hx, weights, num_layers, bidirectional, batch_first, dropout * training
-    )
+    output, (h_n, c_n) = _call("lstm", input, hx, weights, num_layers, bidirectional, batch_first, dropout * training)
     return output, (h_n, c_n)
 
 
@@ -94,9 +95,7 @@ def gru(
     Args, results and errors are those of :func:`lstm`, with three gates in the order r z n, no
     projection, and ``hx`` a tensor ``h_0 [L*D, N, H]``; returns ``output, h_n``.
     """
-    output, (h_n,) = _call(
-        "gru", input, hx, weights, num_layers, bidirectional, batch_first, dropout * training
-    )
+    output, (h_n,) = _call("gru", input, hx, weights, num_layers, bidirectional, batch_first, dropout * training)
     return output, h_n
 
 
@@ -123,18 +122,19 @@ def rnn(
     if nonlinearity not in ("tanh", "relu"):
         raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
     cell = f"rnn_{nonlinearity}"
-    output, (h_n,) = _call(
-        cell, input, hx, weights, num_layers, bidirectional, batch_first, dropout * training
-    )
+    output, (h_n,) = _call(cell, input, hx, weights, num_layers, bidirectional, batch_first, dropout * training)
     return output, h_n
 
 
 def in_torch_words(forward: Any, module: Any, input: Any, hx: Any, error: Exception) -> Exception:
     """What torch.nn's ``forward`` raises for the arguments that gave ``error``, or else that."""
-    try:
-        forward(module, input, hx)
-    except Exception as theirs:
-        return theirs
+    transformed = torch._C._are_functorch_transforms_active()  # torch.nn knows fewer of them
+    if not transformed and not isinstance(error, torch.OutOfMemoryError):
+        try:
+            with torch.no_grad():
+                forward(module, input, hx)
+        except Exception as theirs:
+            return theirs
     return error
 
 
@@ -235,9 +235,7 @@ def stack(
         if num_layers > 1:
             own = tuple([s[k * directions : (k + 1) * directions] for s in own])
         h0, c0 = (*own, None, None)[:2]
-        x, h_n, c_n, *_ = layer(
-            cell, x, h0, c0, weights[k * count : (k + 1) * count], batch_sizes, directions
-        )
+        x, h_n, c_n, *_ = layer(cell, x, h0, c0, weights[k * count : (k + 1) * count], batch_sizes, directions)
         finals.append((h_n, c_n) if cell == "lstm" else (h_n,))
     if num_layers == 1:
         return x, finals[0]
@@ -246,9 +244,7 @@ def stack(
 
 def _cast(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """What autocast does to arguments: float64 and integers stay."""
-    return [
-        t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors
-    ]
+    return [t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors]
 
 
 def _check_dimensions(cell: str, x: Tensor, states: States | None) -> None:
@@ -264,9 +260,7 @@ def _check_dimensions(cell: str, x: Tensor, states: States | None) -> None:
                 f"For {which} input, hx and cx should also be {dim}-D "
                 f"but got ({states[0].dim()}-D, {states[1].dim()}-D) tensors"
             )
-        raise RuntimeError(
-            f"For {which} input, hx should also be {dim}-D but got {states[0].dim()}-D tensor"
-        )
+        raise RuntimeError(f"For {which} input, hx should also be {dim}-D but got {states[0].dim()}-D tensor")
 
 
 def _check_sizes(
@@ -288,10 +282,7 @@ def _check_sizes(
     if x.dim() != dim:
         raise RuntimeError(f"input must have {dim} dimensions, got {x.dim()}")
     if x.shape[-1] != w_ih.shape[1]:
-        raise RuntimeError(
-            "input.size(-1) must be equal to input_size. "
-            f"Expected {w_ih.shape[1]}, got {x.shape[-1]}"
-        )
+        raise RuntimeError(f"input.size(-1) must be equal to input_size. Expected {w_ih.shape[1]}, got {x.shape[-1]}")
     expected = [(rows, batch, w_hh.shape[1])]
     if cell == "lstm":
         expected.append((rows, batch, w_ih.shape[0] // 4))
@@ -317,7 +308,5 @@ def _call(
     directions = 2 if bidirectional else 1
     count, rest = divmod(len(weights), num_layers * directions)
     if rest or count not in ((2, 3, 4, 5) if cell == "lstm" else (2, 4)):
-        raise ValueError(
-            f"{cell}: got {len(weights)} weights for {num_layers} layers of {directions} directions"
-        )
+        raise ValueError(f"{cell}: got {len(weights)} weights for {num_layers} layers of {directions} directions")
     return network(cell, input, hx, weights, num_layers, directions, batch_first, dropout)

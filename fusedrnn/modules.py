@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from . import ops
-from .functional import States, autocast_enabled, in_torch_words, layer, network
+from .functional import ARGUMENT_ERRORS, States, autocast_enabled, in_torch_words, layer, network
 
 # Taken now: patch() rebinds the names.
 _NN_RNN, _NN_LSTM, _NN_GRU = torch.nn.RNN, torch.nn.LSTM, torch.nn.GRU
@@ -76,35 +76,33 @@ class _OneState(FusedBase):
     def forward(self, input: Tensor, hx: Tensor | None = None) -> tuple[Tensor, Tensor]: ...
 
     @overload
-    def forward(
-        self, input: PackedSequence, hx: Tensor | None = None
-    ) -> tuple[PackedSequence, Tensor]: ...
+    def forward(self, input: PackedSequence, hx: Tensor | None = None) -> tuple[PackedSequence, Tensor]: ...
 
     def forward(self, input: Any, hx: Tensor | None = None) -> tuple[Any, Tensor]:
         """Runs the network; arguments, results and errors are torch.nn's (see the class)."""
         try:
             # The plain case in as few Python steps as it takes; the op checks the arguments.
             if (
-                hx is not None
-                and type(input) is Tensor
+                type(input) is Tensor
                 and self.num_layers == 1
-                and not self.batch_first
                 and input.dim() == 3
-                and input.shape[0]
                 and not autocast_enabled()
                 and not _is_compiling()
             ):
-                directions = 2 if self.bidirectional else 1
-                cell = _CELL[self.mode]
-                weights = self._weights()
-                if _is_grad_enabled():
-                    result = layer(cell, input, hx, None, weights, None, directions)
-                else:
-                    result = _eager[cell](input, hx, None, weights, None, directions, False)
-                return result[0], result[1]
+                x = input.transpose(0, 1) if self.batch_first else input
+                if x.shape[0]:
+                    directions = 2 if self.bidirectional else 1
+                    cell = _CELL[self.mode]
+                    weights = self._weights()
+                    if _is_grad_enabled():
+                        result = layer(cell, x, hx, None, weights, None, directions)
+                    else:
+                        result = _eager[cell](x, hx, None, weights, None, directions, False)
+                    y = result[0]
+                    return (y.transpose(0, 1) if self.batch_first else y), result[1]
             output, (h_n,) = self._network(input, hx)
             return output, h_n
-        except Exception as error:
+        except ARGUMENT_ERRORS as error:
             raise in_torch_words(self._torch_forward, self, input, hx, error) from None
 
 
@@ -160,9 +158,7 @@ class RNN(_OneState):
         else:
             self.nonlinearity = kwargs.pop("nonlinearity", "tanh")
         if self.nonlinearity not in ("tanh", "relu"):
-            raise ValueError(
-                f"Unknown nonlinearity '{self.nonlinearity}'. Select from 'tanh' or 'relu'."
-            )
+            raise ValueError(f"Unknown nonlinearity '{self.nonlinearity}'. Select from 'tanh' or 'relu'.")
         super().__init__(f"RNN_{self.nonlinearity.upper()}", *args, **kwargs)
 
 
@@ -257,32 +253,28 @@ class LSTM(FusedBase):
         self, input: PackedSequence, hx: tuple[Tensor, Tensor] | None = None
     ) -> tuple[PackedSequence, tuple[Tensor, Tensor]]: ...
 
-    def forward(
-        self, input: Any, hx: tuple[Tensor, Tensor] | None = None
-    ) -> tuple[Any, tuple[Tensor, Tensor]]:
+    def forward(self, input: Any, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Any, tuple[Tensor, Tensor]]:
         """Runs the network; arguments, results and errors are torch.nn's (see the class)."""
         try:
             if (  # as in _OneState
-                hx is not None
-                and type(input) is Tensor
+                type(input) is Tensor
                 and self.num_layers == 1
-                and not self.batch_first
                 and input.dim() == 3
-                and input.shape[0]
                 and not autocast_enabled()
                 and not _is_compiling()
             ):
-                h0, c0 = hx
-                if h0 is None or c0 is None:
-                    raise TypeError("hx must be None or two tensors")
-                directions = 2 if self.bidirectional else 1
-                weights = self._weights()
-                if _is_grad_enabled():
-                    result = layer("lstm", input, h0, c0, weights, None, directions)
-                else:
-                    result = _lstm(input, h0, c0, weights, None, directions, False)
-                return result[0], (result[1], result[2])
+                x = input.transpose(0, 1) if self.batch_first else input
+                if x.shape[0]:
+                    h0, c0 = (None, None) if hx is None else hx
+                    directions = 2 if self.bidirectional else 1
+                    weights = self._weights()
+                    if _is_grad_enabled():
+                        result = layer("lstm", x, h0, c0, weights, None, directions)
+                    else:
+                        result = _lstm(x, h0, c0, weights, None, directions, False)
+                    y = result[0]
+                    return (y.transpose(0, 1) if self.batch_first else y), (result[1], result[2])
             output, (h_n, c_n) = self._network(input, hx)
             return output, (h_n, c_n)
-        except Exception as error:
+        except ARGUMENT_ERRORS as error:
             raise in_torch_words(self._torch_forward, self, input, hx, error) from None

@@ -13,9 +13,9 @@ and one, ``fusedrnn::<cell>_backward``, gives its gradients::
 
 The arguments up to ``batch_sizes`` are those of :func:`fusedrnn.reference.lstm`. With ``save`` the
 forward op keeps what the backward op reads: ``gates [rows, D, S, H]``, the S activated gates of
-each unit, and for the LSTM ``cells [rows, D, H]``, every c in float32 (float64 for float64).
-``needs`` is a bit mask of the gradients asked for: 0 dx, 1 dh0, 2 dc0, 3 + i weight i.
-Whatever is not asked for or does not exist is an empty ``[0]`` tensor.
+each unit (S + 1 if h is projected: then o tanh(c)), and for the LSTM ``cells [rows, D, H]``, every
+c in float32 (float64 for float64). ``needs`` is a bit mask of the gradients asked for: 0 dx, 1 dh0,
+2 dc0, 3 + i weight i. Whatever is not asked for or does not exist is an empty ``[0]`` tensor.
 """
 
 from __future__ import annotations
@@ -40,9 +40,7 @@ _LIB = Path(__file__).parent / "lib"
 def _load() -> None:
     library = _LIB / f"libfusedrnn{_SUFFIX}"
     if not library.exists():
-        raise ImportError(
-            f"fusedrnn's compiled library was not found at {library}; reinstall with pip install ."
-        )
+        raise ImportError(f"fusedrnn's compiled library was not found at {library}; reinstall with pip install .")
     torch.ops.load_library(library)
     cuda = _LIB / f"libfusedrnn_cuda{_SUFFIX}"
     if torch.version.cuda is not None and cuda.exists():
@@ -77,11 +75,11 @@ def _fake_forward(
         _check("weights", w, x, w.shape)
     y = x.new_empty(*lead, directions * projected)
     h_n = x.new_empty(directions, batch, projected)
-    c_n, gates, cells = x.new_empty(0), x.new_empty(0), x.new_empty(0)
+    state = torch.float64 if x.dtype == torch.float64 else torch.float32
+    c_n, gates, cells = x.new_empty(0), x.new_empty(0), x.new_empty(0, dtype=state)
     if cell == "lstm":
         c_n = x.new_empty(directions, batch, hidden)
         if save:
-            state = torch.float64 if x.dtype == torch.float64 else torch.float32
             cells = x.new_empty(rows, directions, hidden, dtype=state)
     if save:
         has_projection = len(weights) // directions % 2  # then h before the projection is kept too
@@ -93,9 +91,7 @@ def _check(name: str, t: Tensor | None, x: Tensor, shape: Sequence[int | torch.S
     if t is None:
         return
     if t.device != x.device or t.dtype != x.dtype:
-        raise RuntimeError(
-            f"fusedrnn: {name}: expected {x.dtype} on {x.device}, got {t.dtype} on {t.device}"
-        )
+        raise RuntimeError(f"fusedrnn: {name}: expected {x.dtype} on {x.device}, got {t.dtype} on {t.device}")
     if t.shape != tuple(shape):
         raise RuntimeError(f"fusedrnn: {name}: expected {list(shape)}, got {list(t.shape)}")
 
