@@ -58,13 +58,15 @@ class Layer(_Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Any, dh_n: Any, dc_n: Any, *_: Any) -> tuple[Any, ...]:
+        if dy is None and dh_n is None and dc_n is None:
+            return (None,) * len(ctx.needs_input_grad)
         batch_sizes, x, h0, c0, y, gates, cells, *weights = ctx.saved_tensors
-        needs = ctx.needs_input_grad[3:]
         if ctx.cell != "lstm":
             dc_n = None  # c_n is empty; compiled code gives it a zero gradient all the same
         differentiable = torch.is_grad_enabled()  # create_graph=True
         call = LayerBackward.apply if differentiable else LayerBackward.forward
-        fixed = (ctx.cell, ctx.directions, batch_sizes, y, gates, cells, needs)
+        # y is detached: a constant there, not a way back into this layer.
+        fixed = (ctx.cell, ctx.directions, batch_sizes, y.detach(), gates, cells, ctx.needs_input_grad[3:])
         return (None, None, None, *call(*fixed, dy, dh_n, dc_n, x, h0, c0, *weights))
 
 
