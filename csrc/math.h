@@ -29,56 +29,54 @@ struct Lanes<T, false> {
 template <class T>
 using scalar_t = typename Lanes<T>::scalar;
 
-// exp(x) = scale * (1 + p): the scale is a power of two, p = expm1 of the reduced argument.
+// 2^x = scale * (1 + p): the scale is a power of two, p = 2^f - 1 of the fraction f.
 template <class T>
-struct ExpParts {
+struct Exp2Parts {
   T p, scale;
 };
 
-// Argument reduction x = n ln2 + r, |r| <= ln2 / 2, then a polynomial in r: Cephes' for float
-// (S. Moshier, expf), Taylor to degree 13 for double (truncation below 1e-17).
+// 2^(factor x) for |factor x| within the exponent's range: factor x = n + f, |f| <= 1/2, then p = f q(f). q is a
+// minimax polynomial for float (relative error 1.1e-8) and the series of (2^f - 1) / f for double (below 1e-17).
 template <class T>
-FUSEDRNN_INLINE ExpParts<T> exp_parts(T x) {
+FUSEDRNN_INLINE Exp2Parts<T> exp2_parts(T x, scalar_t<T> factor) {
   using S = scalar_t<T>;
   using Bits = typename Lanes<T>::bits;
   constexpr bool single = sizeof(S) == 4;
-  constexpr S log2e = S(1.4426950408889634);
-  constexpr S ln2_hi = single ? S(0.693359375) : S(0.693147180369123816490);
-  constexpr S ln2_lo = single ? S(-2.12194440e-4) : S(1.90821492927058770002e-10);
-  constexpr S round = single ? S(12582912.0) : S(6755399441055744.0);  // 1.5 * 2^mantissa bits
+  // 1.5 * 2^mantissa bits, so that adding it rounds to an integer, plus the exponent's bias.
+  constexpr S round = single ? S(12582912 + 127) : S(6755399441055744 + 1023);
   constexpr int mantissa = single ? 23 : 52;
-  constexpr int bias = single ? 127 : 1023;
 
-  const T shifted = x * log2e + round;  // its low bits hold n, rounded to nearest
+  const T shifted = x * factor + round;  // its low bits hold n + bias
   const T n = shifted - round;
-  const T r = (x - n * ln2_hi) - n * ln2_lo;
+  const T f = x * factor - n;
   Bits bits;
   std::memcpy(&bits, &shifted, sizeof(bits));
-  bits = (bits + bias) << mantissa;
+  bits = bits << mantissa;
   T scale;
   std::memcpy(&scale, &bits, sizeof(scale));
 
   T q;
   if constexpr (single) {
-    q = r * S(1.9875691500e-4) + S(1.3981999507e-3);
-    q = q * r + S(8.3334519073e-3);
-    q = q * r + S(4.1665795894e-2);
-    q = q * r + S(1.6666665459e-1);
-    q = q * r + S(5.0000001201e-1);
-  } else {
-    q = r * S(1.0 / 6227020800.0) + S(1.0 / 479001600.0);
-    q = q * r + S(1.0 / 39916800.0);
-    q = q * r + S(1.0 / 3628800.0);
-    q = q * r + S(1.0 / 362880.0);
-    q = q * r + S(1.0 / 40320.0);
-    q = q * r + S(1.0 / 5040.0);
-    q = q * r + S(1.0 / 720.0);
-    q = q * r + S(1.0 / 120.0);
-    q = q * r + S(1.0 / 24.0);
-    q = q * r + S(1.0 / 6.0);
-    q = q * r + S(0.5);
+    q = f * S(1.5403512e-4) + S(1.33907353e-3);
+    q = f * q + S(9.61823761e-3);
+    q = f * q + S(5.55035733e-2);
+    q = f * q + S(2.40226492e-1);
+    q = f * q + S(6.93147182e-1);
+  } else {  // ln(2)^k / k!
+    q = f * S(1.3691488853904124e-12) + S(2.5678435993488206e-11);
+    q = f * q + S(4.4455382718708114e-10);
+    q = f * q + S(7.0549116208011233e-9);
+    q = f * q + S(1.0178086009239699e-7);
+    q = f * q + S(1.3215486790144309e-6);
+    q = f * q + S(1.5252733804059841e-5);
+    q = f * q + S(1.5403530393381610e-4);
+    q = f * q + S(1.3333558146428443e-3);
+    q = f * q + S(9.6181291076284772e-3);
+    q = f * q + S(5.5504108664821580e-2);
+    q = f * q + S(2.4022650695910072e-1);
+    q = f * q + S(6.9314718055994531e-1);
   }
-  return {q * (r * r) + r, scale};
+  return {f * q, scale};
 }
 
 // Written so that NaN stays NaN.
@@ -92,18 +90,20 @@ FUSEDRNN_INLINE T clamp(T x, scalar_t<T> lo, scalar_t<T> hi) {
 // 1 / (1 + exp(-x))
 template <class T>
 FUSEDRNN_INLINE T sigmoid(T x) {
-  constexpr scalar_t<T> limit = sizeof(scalar_t<T>) == 4 ? 87 : 708;
-  const ExpParts<T> e = exp_parts(clamp(-x, -limit, limit));
-  return scalar_t<T>(1) / (e.p * e.scale + (e.scale + scalar_t<T>(1)));
+  using S = scalar_t<T>;
+  constexpr S limit = sizeof(S) == 4 ? 87 : 708;
+  const Exp2Parts<T> e = exp2_parts(clamp(x, -limit, limit), S(-1.4426950408889634));
+  return S(1) / (e.p * e.scale + (e.scale + S(1)));
 }
 
 // expm1(2x) / (expm1(2x) + 2): no cancellation near 0.
 template <class T>
 FUSEDRNN_INLINE T tanh(T x) {
-  constexpr scalar_t<T> limit = sizeof(scalar_t<T>) == 4 ? 10 : 20;
-  const ExpParts<T> e = exp_parts(clamp(x, -limit, limit) * scalar_t<T>(2));
-  const T expm1 = e.p * e.scale + (e.scale - scalar_t<T>(1));
-  return expm1 / (expm1 + scalar_t<T>(2));
+  using S = scalar_t<T>;
+  constexpr S limit = sizeof(S) == 4 ? 10 : 20;
+  const Exp2Parts<T> e = exp2_parts(clamp(x, -limit, limit), S(2 * 1.4426950408889634));
+  const T expm1 = e.p * e.scale + (e.scale - S(1));
+  return expm1 / (expm1 + S(2));
 }
 
 // max(x, 0), NaN kept.

@@ -124,6 +124,7 @@ class BackwardPass {
       const int64_t panel = s & 1 ? panels.end - 1 - i : panels.begin + i;
       for_tiles(continued.size(), m.tile_rows(), [&](int64_t first, int rows) {
         const int64_t n = continued.begin + first;
+        if (!shape_.projected) prefetch(panel, rows, s, n);
         m.tile(panel, rows, drh(s + 1, n), ldg_, tile, width);
         hidden_gradient(panel, rows, tile, Cell::carries_h, s, n);
       });
@@ -148,6 +149,18 @@ class BackwardPass {
         });
     }
     part.group.meet();
+  }
+
+  // What the cell will read of a tile, while the product before it runs: the forward pass wrote it long ago.
+  FUSEDRNN_INLINE void prefetch(int64_t panel, int rows, int64_t s, int64_t n) const {
+    const int64_t t = shape_.time(s), H = shape_.H;
+    for (int i = 0; i < rows; ++i)
+      for (int v = 0; v < w_hh_.unit_vectors(panel); ++v) {
+        const int64_t unit = w_hh_.first_unit(panel) + v * w;
+        for (int k = 0; k < Cell::saved; ++k) __builtin_prefetch(p_.gates.at(shape_, t, n + i) + k * H + unit);
+        if (Cell::has_c) __builtin_prefetch(p_.cells.at(shape_, s > 0 ? shape_.time(s - 1) : t, n + i) + unit);
+        if (p_.dy.data) __builtin_prefetch(p_.dy.at(shape_, t, n + i) + unit);
+      }
   }
 
   S* drh(int64_t s, int64_t n) const { return dgates_ + (shape_.offset[shape_.time(s)] + n) * ldg_; }

@@ -21,9 +21,10 @@ class ForwardPass {
     w_hr_ = {.K = H, .units = P, .rows = p.weights.w_hr};
     arena_.allocate([&, N = N, I = I, H = H, P = P](Arena& arena) {
       const int64_t rows = shape_.rows();
-      layout_matrix(arena, w_ih_, rows >= 32);
-      layout_matrix(arena, w_hh_, N >= 4 && rows >= 16);
-      if (shape_.projected) layout_matrix(arena, w_hr_, N >= 4 && rows >= 16);
+      const bool packed = rows >= min_rows_to_pack;
+      layout_matrix(arena, w_ih_, packed);
+      layout_matrix(arena, w_hh_, packed);
+      if (shape_.projected) layout_matrix(arena, w_hr_, packed);
       groups_.layout(arena, threads_);
       c_ = arena.take<A>(Cell::has_c ? N * H : 0);
       zeros_ = arena.take<S>(P);
@@ -58,7 +59,7 @@ class ForwardPass {
   }
 
  private:
-  static constexpr int64_t max_chunk_rows = 96;
+  static constexpr int64_t min_rows_to_pack = 8, max_chunk_rows = 96;
   static constexpr int64_t wx_budget = 256 * 1024 / sizeof(A);
   static constexpr int64_t tile_size = 14 * max_vectors * w;
 

@@ -76,17 +76,20 @@ struct Matrix {
   int tile_rows() const { return packed ? max_rows(std::min(max_vectors, width() / w)) : max_dot_rows; }
 
  private:
-  // dst[k / k_step][stride][k_step] <- W's rows r < valid as columns: a transposition, in blocks that stay in L1.
+  // dst[k / k_step][stride][k_step] <- W's rows r < valid as columns: a transposition, block by block in registers.
   void pack_rows(S* dst, int64_t stride, const S* src, int64_t valid) const {
     constexpr int step = k_step<S>;
-    for (int64_t k0 = 0; k0 < K; k0 += w * step) {
-      const int64_t k1 = std::min<int64_t>(K, k0 + w * step);
-      for (int64_t k = k0; k < k1; ++k) {
-        S* d = dst + k / step * stride * step + k % step;
-        for (int r = 0; r < w; ++r) d[r * step] = r < valid ? src[r * K + k] : S{};
+    for (int64_t k = 0; k < K; k += w * step) {
+      const int64_t count = std::min<int64_t>(w * step, K - k);
+      Operand<S> block[w];
+      for (int r = 0; r < w; ++r) {
+        block[r] = r < valid ? load_operand(src + r * K + k, count) : Operand<S>{};
+        if (r < valid) __builtin_prefetch(src + r * K + k + 4 * w * step);
       }
+      transpose<S>(block);
+      for (int j = 0; j * step < count; ++j)
+        std::memcpy(dst + (k / step + j) * stride * step, &block[j], sizeof(block[j]));
     }
-    clear_odd(dst, stride);
   }
 
   void pack_columns(S* dst, int64_t stride, const S* src, int64_t valid) const {
@@ -96,10 +99,6 @@ struct Matrix {
       S* d = dst + k / step * stride * step + k % step;
       for (int r = 0; r < w; ++r) d[r * step] = r < valid ? s[r] : S{};
     }
-    clear_odd(dst, stride);
-  }
-
-  void clear_odd(S* dst, int64_t stride) const {
     if (padded_K() == K) return;
     S* d = dst + K / k_step<S> * stride * k_step<S> + 1;
     for (int r = 0; r < w; ++r) d[r * k_step<S>] = S{};
@@ -114,10 +113,10 @@ struct Matrix {
       const int64_t unit = first_unit(panel) + u * w;
       const int64_t last = std::min<int64_t>(w, units - unit) - 1;
       const S* row = rows + (g * units + unit) * K;
-      for (int r = 0; r <= last; r += dot_weight_rows) {
-        const S* four[dot_weight_rows];
-        for (int i = 0; i < dot_weight_rows; ++i) four[i] = row + std::min<int64_t>(r + i, last) * K;
-        dots[m - 1](K, a, lda, four, out + v * w + r, ldo);
+      for (int r = 0; r <= last; r += dot_weight_rows<S>) {
+        const S* some[dot_weight_rows<S>];
+        for (int i = 0; i < dot_weight_rows<S>; ++i) some[i] = row + std::min<int64_t>(r + i, last) * K;
+        dots[m - 1](K, a, lda, some, out + v * w + r, ldo);
       }
       for (int i = 0; i < m; ++i) {
         Acc<S>* o = out + i * ldo + v * w;

@@ -79,10 +79,19 @@ class OuterProduct {
 
   // a_ [tiles][block_k / step][rows_m][step]
   void pack_a(const S* from, int64_t lda, int64_t k, int64_t first, int rows_m) {
-    S* to = a_ + first * block_k_;
-    for (int64_t i = 0; i < round_up(k, step); ++i)
-      for (int j = 0; j < rows_m; ++j)
-        to[i / step * rows_m * step + j * step + i % step] = i < k ? from[i * lda + j] : S{};
+    if (rows_m == tile_m)
+      pack_a_rows(from, lda, k, a_ + first * block_k_, std::integral_constant<int, tile_m>{});
+    else
+      pack_a_rows(from, lda, k, a_ + first * block_k_, rows_m);
+  }
+
+  template <class Rows>
+  static void pack_a_rows(const S* from, int64_t lda, int64_t k, S* to, Rows rows_m) {
+    for (int64_t i = 0; i < k; i += step, to += rows_m * step)
+      for (int j = 0; j < rows_m; ++j) {
+        to[j * step] = from[i * lda + j];
+        if constexpr (step == 2) to[j * step + 1] = i + 1 < k ? from[(i + 1) * lda + j] : S{};
+      }
   }
 
   static void add_sums(const S* from, int64_t lda, int64_t k, int64_t count, A* sums) {

@@ -80,28 +80,29 @@ FUSEDRNN_INLINE void for_tiles(int64_t rows, int most, F f) {
   }
 }
 
-// out[m][r] = dot(a[m, :K], w[r, :K]) for M rows of a and 4 rows of w, both contiguous along K: for few rows, where
-// packing w would cost more than the product.
-constexpr int dot_weight_rows = 4;
+// out[m][r] = dot(a[m, :K], w[r, :K]) for M rows of a and a few rows of w, both contiguous along K: for few rows of a,
+// where packing w would cost more than the product.
+template <class S>
+inline constexpr int dot_weight_rows = lanes<S> < 4 ? lanes<S> : 4;
 constexpr int max_dot_rows = 4;
 
 template <class S, int M>
 void dot_tile(int64_t K, const S* a, int64_t lda, const S* const* w, Acc<S>* out, int64_t ldo) {
   constexpr int block = lanes<S> * k_step<S>;
-  AccVec<S> acc[M][dot_weight_rows]{};
+  AccVec<S> acc[M][dot_weight_rows<S>]{};
   const auto add = [&](int64_t k, int64_t n) __attribute__((always_inline)) {
-    Operand<S> wk[dot_weight_rows];
-    for (int r = 0; r < dot_weight_rows; ++r) wk[r] = load_operand(w[r] + k, n);
+    Operand<S> wk[dot_weight_rows<S>];
+    for (int r = 0; r < dot_weight_rows<S>; ++r) wk[r] = load_operand(w[r] + k, n);
     for (int m = 0; m < M; ++m) {
       const Operand<S> ak = load_operand(a + m * lda + k, n);
-      for (int r = 0; r < dot_weight_rows; ++r) acc[m][r] = multiply_add<S>(acc[m][r], ak, wk[r]);
+      for (int r = 0; r < dot_weight_rows<S>; ++r) acc[m][r] = multiply_add<S>(acc[m][r], ak, wk[r]);
     }
   };
   int64_t k = 0;
   for (; k + block <= K; k += block) add(k, block);
   if (k < K) add(k, K - k);
   for (int m = 0; m < M; ++m)
-    for (int r = 0; r < dot_weight_rows; ++r) out[m * ldo + r] = sum(acc[m][r]);
+    for (int r = 0; r < dot_weight_rows<S>; ++r) out[m * ldo + r] = sum(acc[m][r]);
 }
 
 }  // namespace fusedrnn::FUSEDRNN_ISA

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #ifdef __AVX512BF16__
 #include <immintrin.h>
@@ -110,6 +111,31 @@ FUSEDRNN_INLINE Operand<S> broadcast(const S* p) {
     Operand<S> v;
     std::memcpy(&v, &pairs, sizeof(v));
     return v;
+  }
+}
+
+// One stage of a transposition: swaps the off-diagonal blocks of size `size` in the 2 size x 2 size squares.
+template <int size, class V, int... j>
+FUSEDRNN_INLINE void swap_blocks(V* rows, std::integer_sequence<int, j...>) {
+  constexpr int w = sizeof...(j);
+  for (int i = 0; i < w; ++i) {
+    if (i & size) continue;
+    const V a = rows[i], b = rows[i + size];
+    rows[i] = __builtin_shufflevector(a, b, (j & size ? w + j - size : j)...);
+    rows[i + size] = __builtin_shufflevector(a, b, (j & size ? w + j : j + size)...);
+  }
+}
+
+// Transposes lanes x lanes elements (pairs of them, for bfloat16) in place.
+template <class S, int size = 1>
+FUSEDRNN_INLINE void transpose(Operand<S>* rows) {
+  using Element = Vec<std::conditional_t<sizeof(Acc<S>) == 4, uint32_t, uint64_t>, lanes<S>>;
+  if constexpr (size < lanes<S>) {
+    Element elements[lanes<S>];
+    std::memcpy(elements, rows, sizeof(elements));
+    swap_blocks<size>(elements, std::make_integer_sequence<int, lanes<S>>{});
+    std::memcpy(rows, elements, sizeof(elements));
+    transpose<S, 2 * size>(rows);
   }
 }
 
