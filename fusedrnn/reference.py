@@ -146,6 +146,7 @@ def _layer(
             state = tuple(torch.cat((a, s[n:])) for a, s in zip(new, state, strict=True))
         outputs.append(torch.cat(hs) if hs else rows.new_empty(0, h.shape[1]))
         finals.append(state)
-    y = torch.cat(outputs, -1).reshape(*x.shape[:-1], -1)
+    y = torch.cat(outputs, -1)
+    y = y.reshape(*x.shape[:-1], y.shape[-1])
     h_n, *c_n = (torch.stack(states) for states in zip(*finals, strict=True))
     return y, h_n, c_n[0] if c_n else x.new_empty(0)
