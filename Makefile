@@ -1,0 +1,68 @@
+# `make test` and `make bench` need nothing but Python >= 3.10, a C++ compiler and pip's access to packages.
+# Everything is installed in $(VENV); a second run installs only what has changed.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+BENCH ?= --quick
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+SOURCES := pyproject.toml setup.py $(wildcard tools/*.py csrc/*.* csrc/*/*.*)
+CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
+SANITIZERS = $(foreach name,asan stdc++,$(shell $(CXX) -print-file-name=lib$(name).so))
+TORCH_STAMP := $(VENV)/.torch-$(shell printf %s '$(TORCH)' | tr -c 'A-Za-z0-9.' _)
+
+.PHONY: help test bench lint format asan clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make test     install everything in $(VENV) and run all tests   (ARGS='-k gru': pytest's arguments)"
+	@echo "make bench    install, time fusedrnn against its peers, train the demo   (BENCH=: the full benchmark)"
+	@echo "make lint     ruff, clang-format and mypy;  make format  lets the first two change the files"
+	@echo "make asan     the kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer"
+	@echo "make clean    remove $(VENV) and what was built"
+	@echo "PYTHON=$(PYTHON)  TORCH=$(TORCH)  VENV=$(VENV)"
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
+	  echo "fusedrnn: error: Python >= 3.10 is needed and '$(PYTHON)' is $$($(PYTHON) --version 2>&1 || true):" \
+	    "make PYTHON=/path/to/python3" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(TORCH_STAMP): | $(BIN)/python
+	$(PIP) install '$(TORCH)'
+	rm -f $(VENV)/.torch-*
+	touch $@
+
+# Each stamp is the package, built and installed editable, with one extra's dependencies.
+$(VENV)/.test $(VENV)/.bench $(VENV)/.dev: $(VENV)/.%: $(TORCH_STAMP) $(SOURCES)
+	$(PIP) install -e '.[$*]'
+	touch $@
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: $(VENV)/.bench
+	$(BIN)/python -m bench $(BENCH)
+	$(BIN)/python examples/char_lm.py
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
+	$(BIN)/mypy
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
+
+# Python itself isn't instrumented, so the runtime comes first by LD_PRELOAD, and its leaks are not ours.
+asan: $(VENV)/.dev
+	CXX="$(CXX)" FUSEDRNN_SANITIZE=address,undefined $(BIN)/python setup.py -q build --build-lib build/asan
+	PYTHONPATH=build/asan:tools LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  $(BIN)/pytest -q -p sanitized --every 11 tests/test_ops.py tests/test_ops_edges.py $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info fusedrnn/lib fusedrnn/_C.*.so .*_cache .hypothesis
