@@ -1,0 +1,77 @@
+"""torch.library.opcheck on every op: schema, no aliasing, fake kernels with the real shapes and strides, tracing."""
+
+import pytest
+import torch
+from helpers import DTYPES, VARIANTS, layer_backward_op, layer_op, make_gradients, make_inputs, needs_of, variant
+
+OPTIONS = [
+    {"directions": 1},
+    {"directions": 2, "bias": False},
+    {"directions": 2, "lengths": (5, 3, 3, 1)},
+    {"directions": 1, "states": False},
+    {"directions": 1, "N": 0},
+    {"directions": 2, "T": 0},
+]
+
+
+def identifier(options):
+    return "-".join(f"{k}{v}" for k, v in options.items())
+
+
+def check(op, arguments):
+    results = torch.library.opcheck(op, arguments)
+    assert set(results.values()) == {"SUCCESS"}, results
+
+
+def forward_and_backward(case, device):
+    """The arguments of both ops."""
+    inputs, gradients = make_inputs(case, device), make_gradients(case, device)
+    y, _, _, gates, cells = layer_op(case.cell)(*inputs.arguments(), True)
+    return inputs.arguments(), (*gradients, *inputs.arguments(), y, gates, cells, needs_of(inputs))
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=identifier)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_forward(name, options, device):
+    arguments, _ = forward_and_backward(variant(name, **options), device)
+    for save in (False, True):
+        check(layer_op(name.removesuffix("_proj")).default, (*arguments, save))
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=identifier)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_backward(name, options, device):
+    _, arguments = forward_and_backward(variant(name, **options), device)
+    op = layer_backward_op(name.removesuffix("_proj")).default
+    check(op, arguments)
+    check(op, (None, *arguments[1:-1], arguments[-1] & ~1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["lstm", "gru"])
+def test_dtypes(name, dtype, device):
+    forward, backward = forward_and_backward(variant(name, dtype=dtype), device)
+    cell = name.removesuffix("_proj")
+    check(layer_op(cell).default, (*forward, True))
+    check(layer_backward_op(cell).default, backward)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_strided_inputs(name, device):
+    """Fresh outputs are contiguous whatever the inputs' strides, in the fake kernels too."""
+    case = variant(name, directions=2)
+    inputs = make_inputs(case, device).map(lambda t: t.transpose(0, -1).contiguous().transpose(0, -1))
+    gradients = [None if g is None else g[:1].expand(g.shape) for g in make_gradients(case, device)]
+    y, _, _, gates, cells = layer_op(case.cell)(*inputs.arguments(), True)
+    check(layer_op(case.cell).default, (*inputs.arguments(), True))
+    backward = (*gradients, *inputs.arguments(), y, gates, cells, needs_of(inputs))
+    check(layer_backward_op(case.cell).default, backward)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_meta_device(name):
+    """On the meta device the ops give shapes, without a kernel."""
+    forward, backward = forward_and_backward(variant(name, directions=2), "meta")
+    cell = name.removesuffix("_proj")
+    assert all(t.device.type == "meta" for t in layer_op(cell)(*forward, True))
+    assert layer_backward_op(cell)(*backward)[0].shape == forward[0].shape
