@@ -172,10 +172,10 @@ def find_nvcc(compiler: Compiler) -> Nvcc | str:
     if os.environ.get("FUSEDRNN_CUDA") == "0":
         return "FUSEDRNN_CUDA=0"
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    path = shutil.which("nvcc", path=f"{home}/bin") if home else shutil.which("nvcc")
-    path = path or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    places = [f"{home}/bin"] if home else [os.environ.get("PATH", ""), "/usr/local/cuda/bin"]
+    path = next((found for place in places if (found := shutil.which("nvcc", path=place))), None)
     if path is None:
-        return "no nvcc found (CUDA_HOME sets where it is)"
+        return f"no nvcc in CUDA_HOME={home}" if home else "no nvcc found (CUDA_HOME says where it is)"
     version = re.search(r"release (\d+)\.(\d+)", run([path, "--version"]) or "")
     if version is None:
         return f"{path} does not work"
