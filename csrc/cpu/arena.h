@@ -5,6 +5,10 @@
 #include <cstdlib>
 #include <new>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 namespace fusedrnn {
 
 class Arena {
@@ -26,8 +30,15 @@ class Arena {
   template <class Layout>
   void allocate(Layout layout) {
     layout(*this);
-    base_ = static_cast<char*>(std::aligned_alloc(64, used_ + 64 - used_ % 64));
+    // Huge pages: fewer faults, and the hardware's prefetchers are not stopped at every 4 KB of a panel.
+    constexpr size_t huge_page = 2 << 20;
+    const size_t alignment = used_ < 2 * huge_page ? 64 : huge_page;
+    const size_t size = (used_ / alignment + 1) * alignment;
+    base_ = static_cast<char*>(std::aligned_alloc(alignment, size));
     if (!base_) throw std::bad_alloc();
+#ifdef __linux__
+    if (alignment == huge_page) madvise(base_, size, MADV_HUGEPAGE);
+#endif
     used_ = 0;
     layout(*this);
   }

@@ -42,11 +42,11 @@ class BackwardPass {
       dc_ = arena.take<A>(Cell::has_c ? N * H : 0);
       c0_ = arena.take<A>(Cell::has_c ? N * H : 0);
       zeros_ = arena.take<S>(std::max(H, P));
-      tile_ = arena.take<A>(threads_ * tile_size);
+      dh_block_ = arena.take<A>(threads_ * product_size<S>);
       products_ = arena.take<OuterProduct<S>>(threads_);
       for (int i = 0; i < threads_; ++i) {
         OuterProduct<S> product;
-        product.layout(arena, shape_.rows(), divide_up(G * H, threads_) + 1, std::max({I, P, H}));
+        product.layout(arena, shape_.rows(), divide_up(G * H, threads_) + 1, std::max(I + P, H));
         if (products_) products_[i] = product;
       }
     });
@@ -61,8 +61,8 @@ class BackwardPass {
     me.meet();
     if (me.id >= split.threads()) return;
     const Part part = groups_.part(shape_, split, me.id);
-    A* tile = tile_ + me.id * tile_size;
-    for (int64_t s = shape_.T - 1; s >= -1; --s) step(part, tile, s);
+    A* block = dh_block_ + me.id * product_size<S>;
+    for (int64_t s = shape_.T - 1; s >= -1; --s) step(part, block, s);
     if (Cell::has_c && p_.dc0) {
       const Range units = part_of(shape_.H, part.group.id, part.group.size);
       for (int64_t n = part.n.begin; n < part.n.end; ++n)
@@ -73,29 +73,29 @@ class BackwardPass {
 
   // dx and the weight gradients, after every thread of the time loop is done; by the op's whole team.
   void products(const Member& me) {
+    using Target = typename OuterProduct<S>::Target;
     if (p_.dx) input_gradient(me);
-    const int64_t GH = G * shape_.H, rows = shape_.rows();
+    const int64_t H = shape_.H, GH = G * H, rows = shape_.rows();
+    const auto x = [&](int64_t r, int64_t count, const S** to) { x_rows(r, count, to); };
+    const auto h_prev = [&](int64_t r, int64_t count, const S** to) { h_prev_rows(r, count, to); };
+    const auto h_full = [&](int64_t r, int64_t count, const S** to) { h_full_rows(r, count, to); };
+    const Target w_ih{p_.dw_ih, p_.db_ih, shape_.I, x}, w_hh{p_.dw_hh, p_.db_hh, shape_.P, h_prev};
+    const Target w_hr{p_.dw_hr, nullptr, H, h_full};
     OuterProduct<S>& product = products_[me.id];
     for (int part = me.id; part < threads_; part += me.size) {  // a part for each thread, should all have come
       const Range m = part_of(GH, part, threads_);
-      if (p_.dw_ih || p_.db_ih)
-        product.run(
-            rows, dgates_ + Slot::other * shape_.H, ldg_, GH, m, 0, shape_.I,
-            [&](int64_t r, int64_t count, const S** to) { x_rows(r, count, to); }, p_.dw_ih, p_.db_ih);
-      if (p_.dw_hh || p_.db_hh)
-        product.run(
-            rows, dgates_, ldg_, GH, m, Cell::shared * shape_.H, shape_.P,
-            [&](int64_t r, int64_t count, const S** to) { h_prev_rows(r, count, to); }, p_.dw_hh, p_.db_hh);
-      if (p_.dw_hr)
-        product.run(
-            rows, dh_projected_, shape_.P, shape_.P, part_of(shape_.P, part, threads_), 0, shape_.H,
-            [&](int64_t r, int64_t count, const S** to) { h_full_rows(r, count, to); }, p_.dw_hr, nullptr);
+      const S* dwx = dgates_ + Slot::other * H;
+      if constexpr (Slot::other == 0) {
+        product.run(rows, dwx, ldg_, GH, m, 0, {w_ih, w_hh});
+      } else {
+        product.run(rows, dwx, ldg_, GH, m, 0, {w_ih});
+        product.run(rows, dgates_, ldg_, GH, m, Cell::shared * H, {w_hh});
+      }
+      if (p_.dw_hr) product.run(rows, dh_projected_, shape_.P, shape_.P, part_of(shape_.P, part, threads_), 0, {w_hr});
     }
   }
 
  private:
-  static constexpr int64_t tile_size = 14 * max_vectors * w;
-
   void prepare(const Member& me) {
     pack_share(w_hh_, me);
     if (p_.dx) pack_share(w_ih_, me);
@@ -111,30 +111,26 @@ class BackwardPass {
   }
 
   // Step s of the forward order; s = -1 is what remains for h0.
-  void step(const Part& part, A* tile, int64_t s) {
+  void step(const Part& part, A* block, int64_t s) {
     const int64_t now = shape_.step_batch(s), later = shape_.step_batch(s + 1);
     const auto within = [&](int64_t n) { return std::clamp(n, part.n.begin, part.n.end); };
-    const Range continued{part.n.begin, within(std::min(now, later))};  // they have a step s + 1
-    const Range ended{within(later), std::max(within(later), within(now))};   // this is their last step
-    const Range started{within(now), std::max(within(now), within(later))};   // step s + 1 was their first
-    const Matrix<S>& m = w_hh_;
-    const Range panels = part_of(m.panel_count(), part.group.id, part.group.size);
-    const int width = m.width();
+    const Range continued{part.n.begin, within(std::min(now, later))};       // they have a step s + 1
+    const Range ended{within(later), std::max(within(later), within(now))};  // this is their last step
+    const Range started{within(now), std::max(within(now), within(later))};  // step s + 1 was their first
+    const Range panels = part_of(w_hh_.panel_count(), part.group.id, part.group.size);
+    const int width = w_hh_.width();
     for (int64_t i = 0; i < panels.size(); ++i) {
+      // Back and forth, so that a step begins with the weights that the last one left in the cache.
       const int64_t panel = s & 1 ? panels.end - 1 - i : panels.begin + i;
-      for_tiles(continued.size(), m.tile_rows(), [&](int64_t first, int rows) {
-        const int64_t n = continued.begin + first;
-        if (!shape_.projected) prefetch(panel, rows, s, n);
-        m.tile(panel, rows, drh(s + 1, n), ldg_, tile, width);
-        hidden_gradient(panel, rows, tile, Cell::carries_h, s, n);
+      for_blocks(continued, [&](int64_t n, int64_t count) {
+        w_hh_.multiply(panel, count, drh(s + 1, n), ldg_, block, width);
+        hidden_gradient(panel, count, block, true, Cell::carries_h, s, n);
       });
-      for_tiles(ended.size(), m.tile_rows(),
-                [&](int64_t first, int rows) { hidden_gradient(panel, rows, nullptr, true, s, ended.begin + first); });
+      for_blocks(ended, [&](int64_t n, int64_t count) { hidden_gradient(panel, count, block, false, true, s, n); });
       if (p_.dh0)
-        for_tiles(started.size(), m.tile_rows(), [&](int64_t first, int rows) {
-          const int64_t n = started.begin + first;
-          m.tile(panel, rows, drh(s + 1, n), ldg_, tile, width);
-          store_dh0(panel, rows, tile, n);
+        for_blocks(started, [&](int64_t n, int64_t count) {
+          w_hh_.multiply(panel, count, drh(s + 1, n), ldg_, block, width);
+          store_dh0(panel, count, block, n);
         });
     }
     if (s < 0) return;
@@ -142,60 +138,45 @@ class BackwardPass {
       part.group.meet();
       const Range hidden = part_of(w_hr_.panel_count(), part.group.id, part.group.size);
       for (int64_t panel = hidden.begin; panel < hidden.end; ++panel)
-        for_tiles(within(now) - part.n.begin, w_hr_.tile_rows(), [&](int64_t first, int rows) {
-          const int64_t n = part.n.begin + first;
-          w_hr_.tile(panel, rows, dh_projected_ + (shape_.offset[shape_.time(s)] + n) * shape_.P, shape_.P, tile, width);
-          cell(w_hr_, panel, rows, tile, s, n);
+        for_blocks({part.n.begin, within(now)}, [&](int64_t n, int64_t count) {
+          const S* dh = dh_projected_ + (shape_.offset[shape_.time(s)] + n) * shape_.P;
+          w_hr_.multiply(panel, count, dh, shape_.P, block, w_hr_.width());
+          cell(w_hr_, panel, count, block, s, n);
         });
     }
     part.group.meet();
   }
 
-  // What the cell will read of a tile, while the product before it runs: the forward pass wrote it long ago.
-  FUSEDRNN_INLINE void prefetch(int64_t panel, int rows, int64_t s, int64_t n) const {
-    const int64_t t = shape_.time(s), H = shape_.H;
-    for (int i = 0; i < rows; ++i)
-      for (int v = 0; v < w_hh_.unit_vectors(panel); ++v) {
-        const int64_t unit = w_hh_.first_unit(panel) + v * w;
-        for (int k = 0; k < Cell::saved; ++k) __builtin_prefetch(p_.gates.at(shape_, t, n + i) + k * H + unit);
-        if (Cell::has_c) __builtin_prefetch(p_.cells.at(shape_, s > 0 ? shape_.time(s - 1) : t, n + i) + unit);
-        if (p_.dy.data) __builtin_prefetch(p_.dy.at(shape_, t, n + i) + unit);
-      }
-  }
-
   S* drh(int64_t s, int64_t n) const { return dgates_ + (shape_.offset[shape_.time(s)] + n) * ldg_; }
 
-  // dL/dh of a tile, from the later step (tile; or null), from dh_n or carried (dh_), and from dy; then the cell's
-  // backward on it, unless a projection lies between.
-  FUSEDRNN_INLINE void hidden_gradient(int64_t panel, int rows, A* tile, bool add_dh, int64_t s, int64_t n) {
+  // dL/dh of a block: from the later step (if in the block already), from dh_n or carried (dh_), and from dy; then the
+  // cell's backward on it, unless a projection lies between.
+  void hidden_gradient(int64_t panel, int64_t count, A* block, bool in_block, bool add_dh, int64_t s, int64_t n) {
     const int64_t t = shape_.time(s), P = shape_.P;
     const int width = w_hh_.width();
-    A local[tile_size];
-    const A* from = tile;
-    A* to = tile ? tile : local;
-    for (int i = 0; i < rows; ++i)
+    for (int64_t i = 0; i < count; ++i)
       for (int v = 0; v < w_hh_.unit_vectors(panel); ++v) {
         const int64_t unit = w_hh_.first_unit(panel) + v * w;
         with_lanes<w>(P - unit, [&](auto valid) __attribute__((always_inline)) {
           V dh{};
-          if (from) dh = load(from + i * width + v * w);
+          if (in_block) dh = load(block + i * width + v * w);
           if (add_dh) dh += load(dh_ + (n + i) * P + unit, valid);
           if (p_.dy.data) dh += load(p_.dy.at(shape_, t, n + i) + unit, valid);
           if (shape_.projected)
             store(dh_projected_ + (shape_.offset[t] + n + i) * P + unit, dh, valid);
           else
-            store(to + i * width + v * w, dh);
+            store(block + i * width + v * w, dh);
         });
       }
-    if (!shape_.projected) cell(w_hh_, panel, rows, to, s, n);
+    if (!shape_.projected) cell(w_hh_, panel, count, block, s, n);
   }
 
-  // The cell's backward on a tile of dL/dh [rows, width of the panel].
-  FUSEDRNN_INLINE void cell(const Matrix<S>& matrix, int64_t panel, int rows, const A* dh, int64_t s, int64_t n) {
+  // The cell's backward on a block of dL/dh [count, width of the panel].
+  void cell(const Matrix<S>& matrix, int64_t panel, int64_t count, const A* dh, int64_t s, int64_t n) {
     const int64_t t = shape_.time(s), H = shape_.H, carried = shape_.step_batch(s - 1);
     const int64_t before = s > 0 ? shape_.time(s - 1) : t;
     const int width = matrix.width();
-    for (int i = 0; i < rows; ++i) {
+    for (int64_t i = 0; i < count; ++i) {
       const int64_t b = n + i;
       const S* gates = Cell::saved ? p_.gates.at(shape_, t, b) : nullptr;
       const A* c = Cell::has_c ? p_.cells.at(shape_, t, b) : nullptr;
@@ -205,6 +186,9 @@ class BackwardPass {
       S* dgates = drh(s, b);
       for (int v = 0; v < matrix.unit_vectors(panel); ++v) {
         const int64_t unit = matrix.first_unit(panel) + v * w;
+        // The next row's: the forward pass wrote them long ago.
+        for (int k = 0; k < Cell::saved; ++k) __builtin_prefetch(gates + p_.gates.row + k * H + unit);
+        if (Cell::has_c) __builtin_prefetch(c_prev + p_.cells.row + unit);
         with_lanes<w>(H - unit, [&](auto valid) __attribute__((always_inline)) {
           V saved[Cell::saved + 1], dwx[G], drh[G];
           for (int k = 0; k < Cell::saved; ++k) saved[k] = load(gates + k * H + unit, valid);
@@ -231,13 +215,13 @@ class BackwardPass {
     }
   }
 
-  void store_dh0(int64_t panel, int rows, const A* tile, int64_t n) {
+  void store_dh0(int64_t panel, int64_t count, const A* block, int64_t n) {
     const int width = w_hh_.width();
-    for (int i = 0; i < rows; ++i)
+    for (int64_t i = 0; i < count; ++i)
       for (int v = 0; v < w_hh_.unit_vectors(panel); ++v) {
         const int64_t unit = w_hh_.first_unit(panel) + v * w;
         const int64_t valid = std::min<int64_t>(w, shape_.P - unit);
-        V dh = load(tile + i * width + v * w);
+        V dh = load(block + i * width + v * w);
         if (Cell::carries_h) dh += load(dh_ + (n + i) * shape_.P + unit, valid);
         store(p_.dh0 + (n + i) * shape_.P + unit, dh, valid);
       }
@@ -250,25 +234,22 @@ class BackwardPass {
   }
 
   void input_gradient(const Member& me) {
-    constexpr int64_t block = 48;
     const int64_t I = shape_.I;
-    const Range mine = part_of(shape_.rows(), me.id, me.size);
-    A* tile = tile_ + me.id * tile_size;
+    A* block = dh_block_ + me.id * product_size<S>;
     const int width = w_ih_.width();
-    for (int64_t r0 = mine.begin; r0 < mine.end; r0 += block)
-      for (int64_t panel = 0; panel < w_ih_.panel_count(); ++panel)
-        for_tiles(std::min(block, mine.end - r0), w_ih_.tile_rows(), [&](int64_t first, int rows) {
-          const int64_t r = r0 + first;
-          w_ih_.tile(panel, rows, dgates_ + r * ldg_ + Slot::other * shape_.H, ldg_, tile, width);
-          for (int i = 0; i < rows; ++i)
-            for (int v = 0; v < w_ih_.unit_vectors(panel); ++v) {
-              const int64_t unit = w_ih_.first_unit(panel) + v * w, valid = std::min<int64_t>(w, I - unit);
-              S* to = p_.dx + (r + i) * I + unit;
-              V dx = load(tile + i * width + v * w);
-              if (p_.dx_accumulate) dx += load(to, valid);
-              store(to, dx, valid);
-            }
-        });
+    for_blocks(part_of(shape_.rows(), me.id, me.size), [&](int64_t r, int64_t count) {
+      for (int64_t panel = 0; panel < w_ih_.panel_count(); ++panel) {
+        w_ih_.multiply(panel, count, dgates_ + r * ldg_ + Slot::other * shape_.H, ldg_, block, width);
+        for (int64_t i = 0; i < count; ++i)
+          for (int v = 0; v < w_ih_.unit_vectors(panel); ++v) {
+            const int64_t unit = w_ih_.first_unit(panel) + v * w, valid = std::min<int64_t>(w, I - unit);
+            S* to = p_.dx + (r + i) * I + unit;
+            V dx = load(block + i * width + v * w);
+            if (p_.dx_accumulate) dx += load(to, valid);
+            store(to, dx, valid);
+          }
+      }
+    });
   }
 
   // Calls f(i, t, n) for rows r .. r + count.
@@ -309,7 +290,7 @@ class BackwardPass {
   A* dc_;                        // [N, H]: dc_n, then dL/dc of the step before
   A* c0_;                        // [N, H]
   S* zeros_;                     // a row of h0 where there is none
-  A* tile_;                      // [threads, tile_size]
+  A* dh_block_;                  // [threads, product_size]: dL/dh of a block
   OuterProduct<S>* products_;    // [threads]
 };
 

@@ -29,11 +29,11 @@ class ForwardPass {
       c_ = arena.take<A>(Cell::has_c ? N * H : 0);
       zeros_ = arena.take<S>(P);
       h_full_ = arena.take<S>(shape_.projected && !save ? N * H : 0);
-      wx_size_ = std::max<int64_t>(wx_budget, N * w_ih_.panel_count() * w_ih_.width());
+      wx_size_ = std::max<int64_t>(wx_budget, N * w_ih_.width());
       wx_ = arena.take<A>(threads_ * wx_size_);
-      x_size_ = std::max(N, max_chunk_rows) * I;
+      x_size_ = max_chunk_rows * I;
       x_ = arena.take<S>(threads_ * x_size_);
-      rh_ = arena.take<A>(threads_ * tile_size);
+      rh_ = arena.take<A>(threads_ * product_size<S>);
     });
   }
 
@@ -44,15 +44,15 @@ class ForwardPass {
     me.meet();
     if (me.id >= split.threads()) return;
     const Part part = groups_.part(shape_, split, me.id);
-    Thread thread{part,
-                  part_of(w_hh_.panel_count(), part.group.id, part.group.size),
-                  wx_ + me.id * wx_size_,
-                  x_ + me.id * x_size_,
-                  rh_ + me.id * tile_size,
-                  0};
+    Thread thread{};
+    static_cast<Part&>(thread) = part;
+    thread.panels = part_of(w_hh_.panel_count(), part.group.id, part.group.size);
+    thread.wx = wx_ + me.id * wx_size_;
+    thread.x_copy = x_ + me.id * x_size_;
+    thread.rh = rh_ + me.id * product_size<S>;
     for (int64_t s = 0; s < shape_.T;) {
       const int64_t end = chunk_end(thread, s);
-      project_input(thread, s, end);
+      begin_chunk(thread, s, end);
       for (; s < end; ++s) step(thread, s);
     }
     finish(thread);
@@ -61,14 +61,16 @@ class ForwardPass {
  private:
   static constexpr int64_t min_rows_to_pack = 8, max_chunk_rows = 96;
   static constexpr int64_t wx_budget = 256 * 1024 / sizeof(A);
-  static constexpr int64_t tile_size = 14 * max_vectors * w;
 
   struct Thread : Part {
-    Range panels;      // of w_ih and w_hh
-    A* wx;             // [rows of the chunk, panels, width]
-    S* x;              // [rows of the chunk, I] where x itself is not in that form
-    A* rh;             // a tile's product
-    int64_t low_time;  // the chunk's earliest time step
+    Range panels;          // of w_ih and w_hh
+    A* wx;                 // [rows of the chunk, panels, width]; of one panel only if project_in_step
+    S* x_copy;             // [rows of the chunk, I], where x itself is not in that form
+    A* rh;                 // a block's product
+    const S* x;            // the chunk's rows of x
+    int64_t ldx, rows;     // elements between them, their number
+    int64_t low_time;      // the chunk's earliest time step
+    bool project_in_step;  // the chunk is one step: each panel is projected just before its product
   };
 
   void prepare(const Member& me) {
@@ -98,29 +100,43 @@ class ForwardPass {
     return s;
   }
 
-  // wx of this thread's rows and units; rows in the order of time, whatever the direction.
-  void project_input(Thread& thread, int64_t s, int64_t end) {
+  // Makes x of a chunk of steps ready for the projection: rows in the order of time, whatever the direction.
+  void begin_chunk(Thread& thread, int64_t s, int64_t end) {
     const int64_t I = shape_.I, low = std::min(shape_.time(s), shape_.time(end - 1)), high = low + (end - s);
     thread.low_time = low;
-    int64_t rows = 0;
-    for (int64_t t = low; t < high; ++t) rows += active(shape_, thread, t).size();
-    const S* x = p_.x.at(shape_, low, thread.n.begin);
-    int64_t ldx = p_.x.row;
+    thread.rows = 0;
+    for (int64_t t = low; t < high; ++t) thread.rows += active(shape_, thread, t).size();
+    thread.x = p_.x.at(shape_, low, thread.n.begin);
+    thread.ldx = p_.x.row;
     const bool whole_batch = thread.n.size() == shape_.N;
-    const bool adjoining = high - low == 1 || (whole_batch && (p_.x.step < 0 || p_.x.step == shape_.N * ldx));
-    if (!adjoining) {
-      S* to = thread.x;
+    const bool adjoining = whole_batch && (p_.x.step < 0 || p_.x.step == shape_.N * thread.ldx);
+    if (high - low > 1 && !adjoining) {
+      S* to = thread.x_copy;
       for (int64_t t = low; t < high; ++t)
         for (int64_t n = active(shape_, thread, t).begin; n < active(shape_, thread, t).end; ++n, to += I)
           std::memcpy(to, p_.x.at(shape_, t, n), I * sizeof(S));
-      x = thread.x;
-      ldx = I;
+      thread.x = thread.x_copy;
+      thread.ldx = I;
     }
-    const int64_t width = w_ih_.width(), ldwx = thread.panels.size() * width;
-    for (int64_t panel = thread.panels.begin; panel < thread.panels.end; ++panel)
-      for_tiles(rows, w_ih_.tile_rows(), [&](int64_t row, int m) {
-        w_ih_.tile(panel, m, x + row * ldx, ldx, thread.wx + row * ldwx + (panel - thread.panels.begin) * width, ldwx);
-      });
+    thread.project_in_step = high - low == 1;
+    if (!thread.project_in_step)
+      for (int64_t panel = thread.panels.begin; panel < thread.panels.end; ++panel) project_input(thread, panel);
+  }
+
+  // wx of the chunk's rows and a panel's units.
+  void project_input(const Thread& thread, int64_t panel) {
+    A* wx = wx_of(thread, panel, 0);
+    for_blocks({0, thread.rows}, [&](int64_t row, int64_t count) {
+      w_ih_.multiply(panel, count, thread.x + row * thread.ldx, thread.ldx, wx + row * ldwx(thread), ldwx(thread));
+    });
+  }
+
+  int64_t ldwx(const Thread& thread) const {
+    return (thread.project_in_step ? 1 : thread.panels.size()) * w_ih_.width();
+  }
+  A* wx_of(const Thread& thread, int64_t panel, int64_t row) const {
+    const int64_t column = thread.project_in_step ? 0 : panel - thread.panels.begin;
+    return thread.wx + row * ldwx(thread) + column * w_ih_.width();
   }
 
   void step(Thread& thread, int64_t s) {
@@ -132,35 +148,35 @@ class ForwardPass {
     // Entries before `carried` go on from the previous step, the others start from h0.
     const int64_t carried = std::clamp(shape_.step_batch(s - 1), n.begin, n.end);
     const int64_t before = carried > n.begin ? shape_.time(s - 1) : t;
-    const int64_t width = w_hh_.width(), ldwx = thread.panels.size() * width;
 
-    const auto tiles_of = [&](int64_t panel, Range r, const S* h_prev, int64_t ldh, const A* c_prev, int64_t ldc) {
-      for_tiles(r.size(), w_hh_.tile_rows(), [&](int64_t first, int m) {
-        const int64_t b = r.begin + first;
-        w_hh_.tile(panel, m, h_prev + first * ldh, ldh, thread.rh, width);
-        const A* wx = thread.wx + (row + b - n.begin) * ldwx + (panel - thread.panels.begin) * width;
-        cell(panel, m, wx, ldwx, thread.rh, h_prev + first * ldh, ldh, c_prev + first * ldc, ldc, t, b);
+    const auto run_panel = [&](int64_t panel, Range r, const S* h_prev, int64_t ldh, const A* c_prev, int64_t ldc) {
+      for_blocks(r, [&](int64_t b, int64_t count) {
+        const int64_t first = b - r.begin;
+        w_hh_.multiply(panel, count, h_prev + first * ldh, ldh, thread.rh, w_hh_.width());
+        cell(panel, count, wx_of(thread, panel, row + b - n.begin), ldwx(thread), thread.rh, h_prev + first * ldh, ldh,
+             c_prev + first * ldc, ldc, t, b);
       });
     };
     for (int64_t i = 0; i < thread.panels.size(); ++i) {
       // Back and forth, so that a step begins with the weights that the last one left in the cache.
       const int64_t panel = s % 2 ? thread.panels.end - 1 - i : thread.panels.begin + i;
       const bool c_saved = save && Cell::has_c;
-      tiles_of(panel, {n.begin, carried}, p_.y.at(shape_, before, n.begin), p_.y.row,
+      if (thread.project_in_step) project_input(thread, panel);
+      run_panel(panel, {n.begin, carried}, p_.y.at(shape_, before, n.begin), p_.y.row,
                c_saved ? p_.cells.at(shape_, before, n.begin) : c_ + n.begin * H, c_saved ? p_.cells.row : H);
-      tiles_of(panel, {carried, n.end}, p_.h0 ? p_.h0 + carried * shape_.P : zeros_, p_.h0 ? shape_.P : 0,
+      run_panel(panel, {carried, n.end}, p_.h0 ? p_.h0 + carried * shape_.P : zeros_, p_.h0 ? shape_.P : 0,
                c_ + carried * H, H);
     }
     if (shape_.projected) project_output(thread, t, n);
     thread.group.meet();
   }
 
-  // The cell on a tile: m entries from b at time t, the units of a panel.
-  FUSEDRNN_INLINE void cell(int64_t panel, int m, const A* wx, int64_t ldwx, const A* rh, const S* h_prev, int64_t ldh,
+  // The cell on `count` entries from b at time t and the units of a panel.
+  void cell(int64_t panel, int64_t count, const A* wx, int64_t ldwx, const A* rh, const S* h_prev, int64_t ldh,
                             const A* c_prev, int64_t ldc, int64_t t, int64_t b) {
     const int64_t H = shape_.H;
     const int vectors = w_hh_.unit_vectors(panel), width = w_hh_.width();
-    for (int i = 0; i < m; ++i) {
+    for (int64_t i = 0; i < count; ++i) {
       S* h_out = shape_.projected ? h_full(t, b + i) : p_.y.at(shape_, t, b + i);
       A* c_out = save && Cell::has_c ? p_.cells.at(shape_, t, b + i) : c_ + (b + i) * H;
       S* saved_out = save && Cell::saved ? p_.gates.at(shape_, t, b + i) : nullptr;
@@ -196,10 +212,9 @@ class ForwardPass {
     const Range panels = part_of(w_hr_.panel_count(), thread.group.id, thread.group.size);
     const int width = w_hr_.width();
     for (int64_t panel = panels.begin; panel < panels.end; ++panel)
-      for_tiles(n.size(), w_hr_.tile_rows(), [&](int64_t first, int m) {
-        const int64_t b = n.begin + first;
-        w_hr_.tile(panel, m, h_full(t, b), save ? p_.gates.row : shape_.H, thread.rh, width);
-        for (int i = 0; i < m; ++i)
+      for_blocks(n, [&](int64_t b, int64_t count) {
+        w_hr_.multiply(panel, count, h_full(t, b), save ? p_.gates.row : shape_.H, thread.rh, width);
+        for (int64_t i = 0; i < count; ++i)
           for (int v = 0; v < w_hr_.unit_vectors(panel); ++v) {
             const int64_t unit = w_hr_.first_unit(panel) + v * w;
             store(p_.y.at(shape_, t, b + i) + unit, load(thread.rh + i * width + v * w),
@@ -233,7 +248,7 @@ class ForwardPass {
   S* h_full_;    // [N, H]: see h_full
   A* wx_;        // [threads, wx_size_]
   S* x_;         // [threads, x_size_]
-  A* rh_;        // [threads, tile_size]
+  A* rh_;        // [threads, product_size]
   int64_t wx_size_, x_size_;
 };
 

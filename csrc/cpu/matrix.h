@@ -63,19 +63,30 @@ struct Matrix {
       }
   }
 
-  // One tile: out[m, vectors * w] = start + a[m, K] W(panel), m at most tile_rows().
-  void tile(int64_t panel, int m, const S* a, int64_t lda, Acc<S>* out, int64_t ldo) const {
-    if (m == 0) return;
+  // out[count, width] = start + a[count, K] W(panel), in blocks of K that stay in the second-level cache.
+  void multiply(int64_t panel, int64_t count, const S* a, int64_t lda, Acc<S>* out, int64_t ldo) const {
     const int n = unit_vectors(panel) * gates;
     const Acc<S>* s = start + panel * width();
-    if (packed)
-      tiles<S>[n - 1][m - 1](K, a, lda, panels + panel * width() * padded_K(), s, 0, out, ldo);
-    else
-      dot_panel(panel, m, a, lda, s, out, ldo);
+    if (!packed) {
+      for_tiles(count, max_dot_rows,
+                [&](int64_t first, int m) { dot_panel(panel, m, a + first * lda, lda, s, out + first * ldo, ldo); });
+      return;
+    }
+    const S* p = panels + panel * width() * padded_K();
+    const int64_t blocks = divide_up(K * n * w * sizeof(S), k_block_bytes);
+    for (int64_t i = 0, k = 0; i < blocks; ++i) {
+      const int64_t next = i + 1 == blocks ? K : round_up(K * (i + 1) / blocks, k_step<S>);
+      for_tiles(count, max_rows(n), [&](int64_t first, int m) {
+        Acc<S>* o = out + first * ldo;
+        tiles<S>[n - 1][m - 1](next - k, a + first * lda + k, lda, p + k * n * w, i ? o : s, i ? ldo : 0, o, ldo);
+      });
+      k = next;
+    }
   }
-  int tile_rows() const { return packed ? max_rows(std::min(max_vectors, width() / w)) : max_dot_rows; }
 
  private:
+  static constexpr int64_t k_block_bytes = 256 * 1024;
+
   // dst[k / k_step][stride][k_step] <- W's rows r < valid as columns: a transposition, block by block in registers.
   void pack_rows(S* dst, int64_t stride, const S* src, int64_t valid) const {
     constexpr int step = k_step<S>;

@@ -41,6 +41,17 @@ inline Range batch_part(const Shape& shape, int64_t i, int64_t count) {
   return {bound(i), i + 1 == count ? N : bound(i + 1)};
 }
 
+// Rows are multiplied and handed to the cell in blocks of this many, so that the product stays in the first-level cache.
+constexpr int64_t row_block = 48;
+template <class S>
+inline constexpr int64_t product_size = row_block * max_vectors * lanes<S>;
+
+// Calls f(first, count) for the blocks of a range of rows.
+template <class F>
+FUSEDRNN_INLINE void for_blocks(Range rows, F f) {
+  for (int64_t r = rows.begin; r < rows.end; r += row_block) f(r, std::min(row_block, rows.end - r));
+}
+
 // What a thread does in the time loop: these batch entries, with the other members of its row group.
 struct Part {
   Range n;

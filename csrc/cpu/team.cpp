@@ -18,7 +18,7 @@ inline void pause() {
 
 template <class Done>
 void spin_until(Done done) {
-  constexpr int spins_before_yield = 1 << 14;
+  constexpr int spins_before_yield = 1 << 11;
   for (int i = 0; !done(); ++i) {
     if (i < spins_before_yield)
       pause();

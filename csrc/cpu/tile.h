@@ -19,9 +19,9 @@ constexpr int max_rows(int n) {
   return FUSEDRNN_VECTOR_BYTES == 64 ? wide[n - 1] : narrow[n - 1];
 }
 
-// a: row m at a + m * lda (lda elements apart), or with packed_a [K / k_step][M][k_step].
+// a: row m at a + m * lda; or transposed, the k_step elements of row m for step k at a + k * lda + m * k_step.
 // start: row m's accumulators start from start + m * ld_start (a bias: ld_start = 0).
-template <class S, int M, int n, bool packed_a>
+template <class S, int M, int n, bool transposed>
 void tile(int64_t K, const S* a, int64_t lda, const S* b, const Acc<S>* start, int64_t ld_start, Acc<S>* out,
           int64_t ldo) {
   constexpr int w = lanes<S>, step = k_step<S>;
@@ -33,7 +33,7 @@ void tile(int64_t K, const S* a, int64_t lda, const S* b, const Acc<S>* start, i
     Operand<S> bk[n];
     for (int v = 0; v < n; ++v) bk[v] = load_operand(b + v * w * step);
     for (int m = 0; m < M; ++m) {
-      const Operand<S> ak = broadcast(packed_a ? a + k * M + m * step : a + m * lda + k);
+      const Operand<S> ak = broadcast(transposed ? a + k * lda + m * step : a + m * lda + k);
       for (int v = 0; v < n; ++v) acc[m][v] = multiply_add<S>(acc[m][v], ak, bk[v]);
     }
     b += n * w * step;
@@ -41,7 +41,7 @@ void tile(int64_t K, const S* a, int64_t lda, const S* b, const Acc<S>* start, i
   if (whole < K) {  // an odd K: the pair's second element is 0
     for (int m = 0; m < M; ++m) {
       S last[step]{};
-      last[0] = packed_a ? a[whole * M + m * step] : a[m * lda + whole];
+      last[0] = transposed ? a[whole * lda + m * step] : a[m * lda + whole];
       for (int v = 0; v < n; ++v)
         acc[m][v] = multiply_add<S>(acc[m][v], broadcast(last), load_operand(b + v * w * step));
     }
@@ -53,20 +53,20 @@ void tile(int64_t K, const S* a, int64_t lda, const S* b, const Acc<S>* start, i
 template <class S>
 using TileFn = void (*)(int64_t, const S*, int64_t, const S*, const Acc<S>*, int64_t, Acc<S>*, int64_t);
 
-template <class S, int n, bool packed_a, int... M>
+template <class S, int n, bool transposed, int... M>
 constexpr auto tile_row(std::integer_sequence<int, M...>) {
   std::array<TileFn<S>, 14> row{};
-  ((row[M] = tile<S, M + 1, n, packed_a>), ...);
+  ((row[M] = tile<S, M + 1, n, transposed>), ...);
   return row;
 }
 
 // tiles[n - 1][M - 1]
-template <class S, bool packed_a = false>
+template <class S, bool transposed = false>
 inline constexpr std::array<std::array<TileFn<S>, 14>, max_vectors> tiles = {
-    tile_row<S, 1, packed_a>(std::make_integer_sequence<int, max_rows(1)>{}),
-    tile_row<S, 2, packed_a>(std::make_integer_sequence<int, max_rows(2)>{}),
-    tile_row<S, 3, packed_a>(std::make_integer_sequence<int, max_rows(3)>{}),
-    tile_row<S, 4, packed_a>(std::make_integer_sequence<int, max_rows(4)>{}),
+    tile_row<S, 1, transposed>(std::make_integer_sequence<int, max_rows(1)>{}),
+    tile_row<S, 2, transposed>(std::make_integer_sequence<int, max_rows(2)>{}),
+    tile_row<S, 3, transposed>(std::make_integer_sequence<int, max_rows(3)>{}),
+    tile_row<S, 4, transposed>(std::make_integer_sequence<int, max_rows(4)>{}),
 };
 
 // Calls f(first, count) for runs of at most `most` rows out of `rows`, as even as possible.
