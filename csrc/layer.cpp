@@ -2,32 +2,32 @@
 
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
+#include <initializer_list>
 #include <string>
 
 namespace fusedrnn {
 namespace {
 
-std::string text(const std::vector<int64_t>& shape) {
-  std::string s = "[";
-  for (size_t i = 0; i < shape.size(); ++i) s += (i ? ", " : "") + std::to_string(shape[i]);
-  return s + "]";
+template <class Shape>
+std::string text(const Shape& shape) {
+  std::string s;
+  for (const int64_t size : shape) s += (s.empty() ? "" : ", ") + std::to_string(size);
+  return "[" + s + "]";
 }
 
-std::vector<int64_t> shape_of(const Tensor& t) { return {t.sizes().begin(), t.sizes().end()}; }
-
 // Of `like`'s dtype (or `dtype`) and device, and of this shape.
-void check_tensor(const char* name, const Tensor& t, const std::vector<int64_t>& shape, const Tensor& like,
+void check_tensor(const char* name, const Tensor& t, std::initializer_list<int64_t> shape, const Tensor& like,
                   ScalarType dtype) {
   const auto sizes = t.sizes();
-  bool same = sizes.size() == shape.size();
-  for (size_t i = 0; same && i < shape.size(); ++i) same = sizes[i] == shape[i];
-  STD_TORCH_CHECK(same, "fusedrnn: ", name, ": expected shape ", text(shape), ", got ", text(shape_of(t)));
+  const bool same = sizes.size() == shape.size() && std::equal(shape.begin(), shape.end(), sizes.begin());
+  STD_TORCH_CHECK(same, "fusedrnn: ", name, ": expected shape ", text(shape), ", got ", text(t.sizes()));
   STD_TORCH_CHECK(t.scalar_type() == dtype, "fusedrnn: ", name, ": expected dtype ", toString(dtype), ", got ",
                   toString(t.scalar_type()));
   STD_TORCH_CHECK(t.device() == like.device(), "fusedrnn: ", name, ": expected the device of x");
 }
 
-void check_tensor(const char* name, const MaybeTensor& t, const std::vector<int64_t>& shape, const Tensor& like,
+void check_tensor(const char* name, const MaybeTensor& t, std::initializer_list<int64_t> shape, const Tensor& like,
                   ScalarType dtype) {
   if (t) check_tensor(name, *t, shape, like, dtype);
 }
@@ -42,8 +42,9 @@ std::vector<int64_t> offsets(const Tensor& batch_sizes, int64_t rows) {
   int64_t last = rows;
   for (int64_t t = 0; t < T; ++t) {
     const int64_t n = sizes[t * stride];
-    STD_TORCH_CHECK(n > 0 && n <= last, "fusedrnn: batch_sizes: expected positive sizes that never increase and sum to ",
-                    rows, " (the rows of x), got ", n, " at step ", t);
+    STD_TORCH_CHECK(n > 0 && n <= last,
+                    "fusedrnn: batch_sizes: expected positive sizes that never increase and sum to ", rows,
+                    " (the rows of x), got ", n, " at step ", t);
     last = n;
     offset[t + 1] = offset[t] + n;
     STD_TORCH_CHECK(offset[t + 1] <= rows, "fusedrnn: batch_sizes: expected a sum of ", rows,
@@ -67,7 +68,7 @@ Layer Layer::check(const Tensor& x, const MaybeTensor& h0, const MaybeTensor& c0
                       l.dtype == ScalarType::Half,
                   "fusedrnn: x: expected dtype Float, Double, BFloat16 or Half, got ", toString(l.dtype));
   STD_TORCH_CHECK(x.dim() == (l.packed ? 2 : 3), "fusedrnn: x: expected ",
-                  l.packed ? "[rows, I] with batch_sizes" : "[T, N, I] without batch_sizes", ", got ", text(shape_of(x)));
+                  l.packed ? "[rows, I] with batch_sizes" : "[T, N, I] without batch_sizes", ", got ", text(x.sizes()));
   l.I = x.size(x.dim() - 1);
   if (l.packed) {
     l.rows = x.size(0);
@@ -81,18 +82,20 @@ Layer Layer::check(const Tensor& x, const MaybeTensor& h0, const MaybeTensor& c0
   }
 
   const int64_t count = int64_t(weights.size()), each = count / directions;
-  STD_TORCH_CHECK(count % directions == 0 && each >= 2 && each <= 5, "fusedrnn: weights: expected 2 to 5 tensors for each "
-                  "of the ", directions, " directions (w_ih, w_hh, b_ih, b_hh, w_hr), got ", count);
+  STD_TORCH_CHECK(count % directions == 0 && each >= 2 && each <= 5,
+                  "fusedrnn: weights: expected 2 to 5 tensors for each "
+                  "of the ",
+                  directions, " directions (w_ih, w_hh, b_ih, b_hh, w_hr), got ", count);
   l.weights_per_direction = each, l.bias = each >= 4, l.projected = each % 2 == 1;
   STD_TORCH_CHECK(has_c || !l.projected, "fusedrnn: weights: only the LSTM has a projection (w_hr), got ", each,
                   " weights per direction");
-  STD_TORCH_CHECK(weights[0].dim() == 2 && weights[0].size(0) % gates == 0,
-                  "fusedrnn: w_ih: expected [", gates, " * H, I], got ", text(shape_of(weights[0])));
+  STD_TORCH_CHECK(weights[0].dim() == 2 && weights[0].size(0) % gates == 0, "fusedrnn: w_ih: expected [", gates,
+                  " * H, I], got ", text(weights[0].sizes()));
   l.H = weights[0].size(0) / gates;
   l.P = l.H;
   if (l.projected) {
     STD_TORCH_CHECK(weights[each - 1].dim() == 2, "fusedrnn: w_hr: expected [P, H], got ",
-                    text(shape_of(weights[each - 1])));
+                    text(weights[each - 1].sizes()));
     l.P = weights[each - 1].size(0);
   }
   l.saved = saved + l.projected;
@@ -104,21 +107,27 @@ Layer Layer::check(const Tensor& x, const MaybeTensor& h0, const MaybeTensor& c0
     if (l.bias) check_tensor("b_hh", w[3], {gates * l.H}, x, l.dtype);
     if (l.projected) check_tensor("w_hr", w[each - 1], {l.P, l.H}, x, l.dtype);
   }
-  check_tensor("h0", h0, l.h_shape(), x, l.dtype);
+  check_tensor("h0", h0, {directions, l.N, l.P}, x, l.dtype);
   STD_TORCH_CHECK(has_c || !c0, "fusedrnn: c0: expected None, this cell has no c");
-  check_tensor("c0", c0, l.c_shape(), x, l.dtype);
+  check_tensor("c0", c0, {directions, l.N, l.H}, x, l.dtype);
   return l;
 }
 
 void Layer::check_backward(const MaybeTensor& dy, const MaybeTensor& dh_n, const MaybeTensor& dc_n, const Tensor& y,
                            const Tensor& gates_, const Tensor& cells) const {
-  check_tensor("y", y, y_shape(), y, dtype);
-  check_tensor("gates", gates_, gates_shape(), y, dtype);
-  if (has_c) check_tensor("cells", cells, cells_shape(), y, accumulator());
-  check_tensor("dy", dy, y_shape(), y, dtype);
-  check_tensor("dh_n", dh_n, h_shape(), y, dtype);
+  const auto like_y = [&](const char* name, const MaybeTensor& t) {
+    if (packed)
+      check_tensor(name, t, {rows, directions * P}, y, dtype);
+    else
+      check_tensor(name, t, {T, N, directions * P}, y, dtype);
+  };
+  like_y("y", y);
+  like_y("dy", dy);
+  check_tensor("gates", gates_, {rows, directions, saved, H}, y, dtype);
+  if (has_c) check_tensor("cells", cells, {rows, directions, H}, y, accumulator());
+  check_tensor("dh_n", dh_n, {directions, N, P}, y, dtype);
   STD_TORCH_CHECK(has_c || !dc_n, "fusedrnn: dc_n: expected None, this cell has no c");
-  check_tensor("dc_n", dc_n, c_shape(), y, dtype);
+  check_tensor("dc_n", dc_n, {directions, N, H}, y, dtype);
 }
 
 std::vector<int64_t> Layer::y_shape() const {

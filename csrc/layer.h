@@ -20,12 +20,12 @@ using MaybeTensor = std::optional<Tensor>;
 
 // What an op's arguments say. Raises a RuntimeError that names the argument, what was expected and what came.
 struct Layer {
-  int64_t T, N, I, H, P, rows;   // steps, batch, input size, hidden size, size of h per direction, rows of x
+  int64_t T, N, I, H, P, rows;       // steps, batch, input size, hidden size, size of h per direction, rows of x
   int64_t directions, gates, saved;  // saved: slots of the gates tensor per unit
   int64_t weights_per_direction;
   bool has_c, bias, projected, packed;
   ScalarType dtype;
-  std::vector<int64_t> offset;   // [T + 1], the first row of each step
+  std::vector<int64_t> offset;  // [T + 1], the first row of each step
 
   template <class Cell>
   static Layer of(const Tensor& x, const MaybeTensor& h0, const MaybeTensor& c0, const std::vector<Tensor>& weights,
@@ -50,7 +50,7 @@ struct Layer {
 };
 
 // Outputs of the ops.
-using ForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;      // y, h_n, c_n, gates, cells
+using ForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;        // y, h_n, c_n, gates, cells
 using BackwardResult = std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>>;  // dx, dh0, dc0, dweights
 
 // Bits of the backward op's `needs`.

@@ -1,4 +1,5 @@
-// fusedrnn._C: what Python may ask the library about itself. Tensors don't pass here, they go through torch.ops.fusedrnn.
+// fusedrnn._C: what Python may ask the library about itself. Tensors don't pass here, they go through
+// torch.ops.fusedrnn.
 #include <pybind11/pybind11.h>
 
 #include <sstream>
@@ -11,7 +12,8 @@ namespace py = pybind11;
 
 // libfusedrnn.so
 extern "C" const char* fusedrnn_cpu_capability();
-extern "C" int fusedrnn_set_cpu_capability(const char* name);  // 0, or nonzero for a name it doesn't know or the CPU lacks
+extern "C" int fusedrnn_set_cpu_capability(
+    const char* name);  // 0, or nonzero for a name it doesn't know or the CPU lacks
 
 namespace {
 

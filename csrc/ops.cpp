@@ -5,9 +5,8 @@
 
 STABLE_TORCH_LIBRARY(fusedrnn, m) {
   for (const std::string cell : {"lstm", "gru", "rnn_tanh", "rnn_relu"}) {
-    m.def((cell +
-           "(Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? batch_sizes, int directions, bool save)"
-           " -> (Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)")
+    m.def((cell + "(Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? batch_sizes, int directions, bool save)"
+                  " -> (Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)")
               .c_str());
     m.def((cell +
            "_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights,"

@@ -283,15 +283,15 @@ class BackwardPass {
   Arena arena_;
   Matrix<S> w_ih_, w_hh_, w_hr_;
   Groups groups_;
-  int64_t ldg_;                  // slots * H
-  S* dgates_;                    // [rows, slots, H]
-  S* dh_projected_;              // [rows, P]: dL/dh, before a projection's backward
-  A* dh_;                        // [N, P]: dh_n, then what the cell carries to h_prev
-  A* dc_;                        // [N, H]: dc_n, then dL/dc of the step before
-  A* c0_;                        // [N, H]
-  S* zeros_;                     // a row of h0 where there is none
-  A* dh_block_;                  // [threads, product_size]: dL/dh of a block
-  OuterProduct<S>* products_;    // [threads]
+  int64_t ldg_;                // slots * H
+  S* dgates_;                  // [rows, slots, H]
+  S* dh_projected_;            // [rows, P]: dL/dh, before a projection's backward
+  A* dh_;                      // [N, P]: dh_n, then what the cell carries to h_prev
+  A* dc_;                      // [N, H]: dc_n, then dL/dc of the step before
+  A* c0_;                      // [N, H]
+  S* zeros_;                   // a row of h0 where there is none
+  A* dh_block_;                // [threads, product_size]: dL/dh of a block
+  OuterProduct<S>* products_;  // [threads]
 };
 
 }  // namespace fusedrnn::FUSEDRNN_ISA

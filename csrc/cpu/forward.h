@@ -29,11 +29,14 @@ class ForwardPass {
       c_ = arena.take<A>(Cell::has_c ? N * H : 0);
       zeros_ = arena.take<S>(P);
       h_full_ = arena.take<S>(shape_.projected && !save ? N * H : 0);
-      wx_size_ = std::max<int64_t>(wx_budget, N * w_ih_.width());
+      // wx of a chunk of several steps within the budget, or of one step and one panel.
+      const int64_t width = w_ih_.width();
+      wx_size_ = std::max(std::min(wx_budget, rows * w_ih_.panel_count() * width), N * width);
       wx_ = arena.take<A>(threads_ * wx_size_);
-      x_size_ = max_chunk_rows * I;
+      x_size_ = std::min(max_chunk_rows, rows) * I;
       x_ = arena.take<S>(threads_ * x_size_);
-      rh_ = arena.take<A>(threads_ * product_size<S>);
+      rh_size_ = std::min(row_block, N) * max_vectors * w;
+      rh_ = arena.take<A>(threads_ * rh_size_);
     });
   }
 
@@ -49,7 +52,7 @@ class ForwardPass {
     thread.panels = part_of(w_hh_.panel_count(), part.group.id, part.group.size);
     thread.wx = wx_ + me.id * wx_size_;
     thread.x_copy = x_ + me.id * x_size_;
-    thread.rh = rh_ + me.id * product_size<S>;
+    thread.rh = rh_ + me.id * rh_size_;
     for (int64_t s = 0; s < shape_.T;) {
       const int64_t end = chunk_end(thread, s);
       begin_chunk(thread, s, end);
@@ -91,7 +94,8 @@ class ForwardPass {
 
   // The chunk of steps from s that is projected at once.
   int64_t chunk_end(const Thread& thread, int64_t s) const {
-    const int64_t most = std::min(max_chunk_rows, wx_budget / (std::max<int64_t>(1, thread.panels.size()) * w_ih_.width()));
+    const int64_t most =
+        std::min(max_chunk_rows, wx_budget / (std::max<int64_t>(1, thread.panels.size()) * w_ih_.width()));
     int64_t rows = active(shape_, thread, shape_.time(s)).size();
     for (++s; s < shape_.T; ++s) {
       rows += active(shape_, thread, shape_.time(s)).size();
@@ -163,9 +167,9 @@ class ForwardPass {
       const bool c_saved = save && Cell::has_c;
       if (thread.project_in_step) project_input(thread, panel);
       run_panel(panel, {n.begin, carried}, p_.y.at(shape_, before, n.begin), p_.y.row,
-               c_saved ? p_.cells.at(shape_, before, n.begin) : c_ + n.begin * H, c_saved ? p_.cells.row : H);
+                c_saved ? p_.cells.at(shape_, before, n.begin) : c_ + n.begin * H, c_saved ? p_.cells.row : H);
       run_panel(panel, {carried, n.end}, p_.h0 ? p_.h0 + carried * shape_.P : zeros_, p_.h0 ? shape_.P : 0,
-               c_ + carried * H, H);
+                c_ + carried * H, H);
     }
     if (shape_.projected) project_output(thread, t, n);
     thread.group.meet();
@@ -173,7 +177,7 @@ class ForwardPass {
 
   // The cell on `count` entries from b at time t and the units of a panel.
   void cell(int64_t panel, int64_t count, const A* wx, int64_t ldwx, const A* rh, const S* h_prev, int64_t ldh,
-                            const A* c_prev, int64_t ldc, int64_t t, int64_t b) {
+            const A* c_prev, int64_t ldc, int64_t t, int64_t b) {
     const int64_t H = shape_.H;
     const int vectors = w_hh_.unit_vectors(panel), width = w_hh_.width();
     for (int64_t i = 0; i < count; ++i) {
@@ -229,8 +233,10 @@ class ForwardPass {
     int64_t t = shape_.T - 1;
     for (int64_t n = thread.n.begin; n < thread.n.end; ++n) {
       if (n % thread.group.size != thread.group.id) continue;
-      if (shape_.reverse) t = 0;
-      else while (shape_.batch(t) <= n) --t;
+      if (shape_.reverse)
+        t = 0;
+      else
+        while (shape_.batch(t) <= n) --t;
       std::memcpy(p_.h_n + n * P, p_.y.at(shape_, t, n), P * sizeof(S));
       if constexpr (Cell::has_c)
         copy_or_zero(p_.c_n + n * H, const_cast<const A*>(save ? p_.cells.at(shape_, t, n) : c_ + n * H), H);
@@ -243,13 +249,13 @@ class ForwardPass {
   Arena arena_;
   Matrix<S> w_ih_, w_hh_, w_hr_;
   Groups groups_;
-  A* c_;         // [N, H]: c0; without saving, c of the last step
-  S* zeros_;     // [P]: a row of h0 where there is none
-  S* h_full_;    // [N, H]: see h_full
-  A* wx_;        // [threads, wx_size_]
-  S* x_;         // [threads, x_size_]
-  A* rh_;        // [threads, product_size]
-  int64_t wx_size_, x_size_;
+  A* c_;       // [N, H]: c0; without saving, c of the last step
+  S* zeros_;   // [P]: a row of h0 where there is none
+  S* h_full_;  // [N, H]: see h_full
+  A* wx_;      // [threads, wx_size_]
+  S* x_;       // [threads, x_size_]
+  A* rh_;      // [threads, rh_size_]
+  int64_t wx_size_, x_size_, rh_size_;
 };
 
 }  // namespace fusedrnn::FUSEDRNN_ISA

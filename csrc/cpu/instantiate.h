@@ -58,7 +58,8 @@ void backward(const Backward<S>* p, int count, int threads) {
 template <class Cell, class S>
 inline constexpr LayerKernels<S> layer_kernels = {forward<Cell, S>, backward<Cell, S>};
 
-#define FUSEDRNN_CELLS(S) {layer_kernels<RNNTanh, S>, layer_kernels<RNNRelu, S>, layer_kernels<LSTM, S>, layer_kernels<GRU, S>}
+#define FUSEDRNN_CELLS(S) \
+  {layer_kernels<RNNTanh, S>, layer_kernels<RNNRelu, S>, layer_kernels<LSTM, S>, layer_kernels<GRU, S>}
 extern const Kernels kernels = {FUSEDRNN_CELLS(float), FUSEDRNN_CELLS(double), FUSEDRNN_CELLS(bf16)};
 #undef FUSEDRNN_CELLS
 

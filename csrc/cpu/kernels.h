@@ -22,9 +22,12 @@ struct Kernels {
 
   template <class S>
   const LayerKernels<S>& of(CellKind cell) const {
-    if constexpr (std::is_same_v<S, float>) return f32[int(cell)];
-    else if constexpr (std::is_same_v<S, double>) return f64[int(cell)];
-    else return b16[int(cell)];
+    if constexpr (std::is_same_v<S, float>)
+      return f32[int(cell)];
+    else if constexpr (std::is_same_v<S, double>)
+      return f64[int(cell)];
+    else
+      return b16[int(cell)];
   }
 };
 

@@ -12,10 +12,14 @@ namespace {
 
 template <class Cell>
 constexpr CellKind kind_of() {
-  if constexpr (std::is_same_v<Cell, LSTM>) return CellKind::lstm;
-  else if constexpr (std::is_same_v<Cell, GRU>) return CellKind::gru;
-  else if constexpr (std::is_same_v<Cell, RNNTanh>) return CellKind::rnn_tanh;
-  else return CellKind::rnn_relu;
+  if constexpr (std::is_same_v<Cell, LSTM>)
+    return CellKind::lstm;
+  else if constexpr (std::is_same_v<Cell, GRU>)
+    return CellKind::gru;
+  else if constexpr (std::is_same_v<Cell, RNNTanh>)
+    return CellKind::rnn_tanh;
+  else
+    return CellKind::rnn_relu;
 }
 
 Tensor empty(const std::vector<int64_t>& shape, ScalarType dtype) {
@@ -23,9 +27,10 @@ Tensor empty(const std::vector<int64_t>& shape, ScalarType dtype) {
   int64_t stride = 1;
   for (size_t i = shape.size(); i-- > 0; stride *= std::max<int64_t>(shape[i], 1)) strides[i] = stride;
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      int64_t(shape.size()), shape.data(), strides.data(),
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), aoti_torch_device_type_cpu(), 0, &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(int64_t(shape.size()), shape.data(), strides.data(),
+                               torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+                               aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
 
@@ -37,9 +42,7 @@ std::vector<Tensor> dense(std::vector<Tensor> ts) {
 }
 
 // Rows may be strided, columns not.
-Tensor dense_columns(const Tensor& t) {
-  return t.size(t.dim() - 1) <= 1 || t.stride(t.dim() - 1) == 1 ? t : dense(t);
-}
+Tensor dense_columns(const Tensor& t) { return t.size(t.dim() - 1) <= 1 || t.stride(t.dim() - 1) == 1 ? t : dense(t); }
 
 template <class S>
 S* data(const Tensor& t) {
@@ -90,8 +93,10 @@ ForwardResult forward(const Layer& l, const Tensor& x_, const MaybeTensor& h0_, 
   const Tensor cells = empty(save && l.has_c ? l.cells_shape() : none, l.accumulator());
   if (l.rows == 0) {  // no step: the state stays as it was
     const auto keep = [](Tensor to, const MaybeTensor& from) {
-      if (from) torch::stable::copy_(to, *from);
-      else torch::stable::zero_(to);
+      if (from)
+        torch::stable::copy_(to, *from);
+      else
+        torch::stable::zero_(to);
     };
     keep(h_n, h0);
     if (l.has_c) keep(c_n, c0);
@@ -144,8 +149,10 @@ BackwardResult backward(const Layer& l, const BackwardArguments& a, int64_t need
   if (l.rows == 0) {
     const auto keep = [](Tensor to, const MaybeTensor& from) {
       if (to.numel() == 0) return;
-      if (from) torch::stable::copy_(to, *from);
-      else torch::stable::zero_(to);
+      if (from)
+        torch::stable::copy_(to, *from);
+      else
+        torch::stable::zero_(to);
     };
     keep(dh0, dh_n);
     keep(dc0, dc_n);
@@ -201,8 +208,8 @@ ForwardResult forward_op(const Tensor& x, const MaybeTensor& h0, const MaybeTens
   if (l.dtype == ScalarType::BFloat16) return forward<Cell, bf16>(l, x, h0, c0, weights, save);
   if (l.dtype == ScalarType::Float) return forward<Cell, float>(l, x, h0, c0, weights, save);
   l.dtype = ScalarType::Float;
-  auto [y, h_n, c_n, gates, cells] = forward<Cell, float>(l, cast(x, l.dtype), cast(h0, l.dtype), cast(c0, l.dtype),
-                                                          cast(weights, l.dtype), save);
+  auto [y, h_n, c_n, gates, cells] =
+      forward<Cell, float>(l, cast(x, l.dtype), cast(h0, l.dtype), cast(c0, l.dtype), cast(weights, l.dtype), save);
   const ScalarType half = ScalarType::Half;
   return {cast(y, half), cast(h_n, half), cast(c_n, half), cast(gates, half), cells};
 }
@@ -220,8 +227,8 @@ BackwardResult backward_op(const MaybeTensor& dy, const MaybeTensor& dh_n, const
   if (l.dtype == ScalarType::Float) return backward<Cell, float>(l, a, needs);
   l.dtype = ScalarType::Float;
   const auto f = [&](const auto& t) { return cast(t, l.dtype); };
-  const auto [dx, dh0, dc0, dweights] = backward<Cell, float>(
-      l, {f(dy), f(dh_n), f(dc_n), f(x), f(h0), f(c0), f(weights), f(y), f(gates), cells}, needs);
+  const auto [dx, dh0, dc0, dweights] =
+      backward<Cell, float>(l, {f(dy), f(dh_n), f(dc_n), f(x), f(h0), f(c0), f(weights), f(y), f(gates), cells}, needs);
   const ScalarType half = ScalarType::Half;
   return {cast(dx, half), cast(dh0, half), cast(dc0, half), cast(dweights, half)};
 }

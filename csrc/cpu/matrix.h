@@ -20,13 +20,13 @@ struct Matrix {
 
   int64_t K = 0, units = 0;
   int gates = 1;
-  const S* rows = nullptr;      // [gates * units, K]: column c of the product is row c here; unless `columns`
-  const S* columns = nullptr;   // [K, units], one gate; row k of W is at columns + row_of(k) * units
-  int64_t shift = 0;            // row_of(k) = (k + shift) modulo K: the backward pass orders gates by slots
-  const S* bias = nullptr;      // [gates * units] or null
+  const S* rows = nullptr;     // [gates * units, K]: column c of the product is row c here; unless `columns`
+  const S* columns = nullptr;  // [K, units], one gate; row k of W is at columns + row_of(k) * units
+  int64_t shift = 0;           // row_of(k) = (k + shift) modulo K: the backward pass orders gates by slots
+  const S* bias = nullptr;     // [gates * units] or null
   bool packed = false;
-  S* panels = nullptr;          // [panels][K / k_step][vectors * w][k_step] if packed
-  Acc<S>* start = nullptr;      // [panels * width]: the bias by panels, or zeros
+  S* panels = nullptr;      // [panels][K / k_step][vectors * w][k_step] if packed
+  Acc<S>* start = nullptr;  // [panels * width]: the bias by panels, or zeros
 
   int units_per_panel() const { return std::max(1, max_vectors / gates) * w; }
   int width() const { return units_per_panel() * gates; }  // columns of a full panel
@@ -78,7 +78,7 @@ struct Matrix {
       const int64_t next = i + 1 == blocks ? K : round_up(K * (i + 1) / blocks, k_step<S>);
       for_tiles(count, max_rows(n), [&](int64_t first, int m) {
         Acc<S>* o = out + first * ldo;
-        tiles<S>[n - 1][m - 1](next - k, a + first * lda + k, lda, p + k * n * w, i ? o : s, i ? ldo : 0, o, ldo);
+        tiles<S>[n - 1][m - 1](next - k, a + first* lda + k, lda, p + k* n* w, i ? o : s, i ? ldo : 0, o, ldo);
       });
       k = next;
     }

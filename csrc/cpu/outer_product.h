@@ -95,8 +95,8 @@ class OuterProduct {
         for (int64_t panel = 0; panel < some.size(); ++panel)
           for_tiles(count, tile_m, [&](int64_t i, int tile) {
             A* c = c_ + (m0 - m.begin + i) * ldc + panel * width;
-            tiles<S, true>[max_vectors - 1][tile - 1](padded_k, pack ? a_ + i * block_k_ : block + i,
-                                                      pack ? tile : lda, b_ + panel * width * block_k_, c, ldc, c, ldc);
+            tiles<S, true>[max_vectors - 1][tile - 1](padded_k, pack ? a_ + i* block_k_ : block + i, pack ? tile : lda,
+                                                      b_ + panel* width* block_k_, c, ldc, c, ldc);
           });
       }
     }

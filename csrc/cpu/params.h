@@ -54,14 +54,14 @@ template <class S>
 struct Forward {
   Shape shape;
   Weights<S> weights;
-  Rows<const S> x;  // [rows, I]
-  const S* h0;      // [N, P] or null (zeros)
-  const S* c0;      // [N, H] or null (zeros)
-  Rows<S> y;        // [rows, P]
-  S* h_n;           // [N, P]
-  S* c_n;           // [N, H]
-  bool save;        // gates and cells are kept for backward
-  Rows<S> gates;    // [rows, saved, H], and h before the projection, if any
+  Rows<const S> x;     // [rows, I]
+  const S* h0;         // [N, P] or null (zeros)
+  const S* c0;         // [N, H] or null (zeros)
+  Rows<S> y;           // [rows, P]
+  S* h_n;              // [N, P]
+  S* c_n;              // [N, H]
+  bool save;           // gates and cells are kept for backward
+  Rows<S> gates;       // [rows, saved, H], and h before the projection, if any
   Rows<Acc<S>> cells;  // [rows, H]
 };
 
@@ -76,11 +76,11 @@ struct Backward {
   Rows<const Acc<S>> cells;
   const S* h0;
   const S* c0;
-  S* dx;      // [rows, I] or null
+  S* dx;               // [rows, I] or null
   bool dx_accumulate;  // add to dx (the other direction's)
-  S* dh0;     // [N, P] or null
-  S* dc0;     // [N, H] or null
-  S* dw_ih;   // as the weights, or null
+  S* dh0;              // [N, P] or null
+  S* dc0;              // [N, H] or null
+  S* dw_ih;            // as the weights, or null
   S* dw_hh;
   S* db_ih;
   S* db_hh;

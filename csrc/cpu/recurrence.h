@@ -41,7 +41,8 @@ inline Range batch_part(const Shape& shape, int64_t i, int64_t count) {
   return {bound(i), i + 1 == count ? N : bound(i + 1)};
 }
 
-// Rows are multiplied and handed to the cell in blocks of this many, so that the product stays in the first-level cache.
+// Rows are multiplied and handed to the cell in blocks of this many, so that the product stays in the first-level
+// cache.
 constexpr int64_t row_block = 48;
 template <class S>
 inline constexpr int64_t product_size = row_block * max_vectors * lanes<S>;

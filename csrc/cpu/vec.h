@@ -93,7 +93,7 @@ using Operand = typename OperandOf<S>::type;
 
 // n of the lanes * k_step elements, the others 0.
 template <class S>
-FUSEDRNN_INLINE Operand<S> load_operand(const S* p, int64_t n = lanes<S>* k_step<S>) {
+FUSEDRNN_INLINE Operand<S> load_operand(const S* p, int64_t n = lanes<S> * k_step<S>) {
   Operand<S> v{};
   std::memcpy(&v, p, n == lanes<S> * k_step<S> ? sizeof(v) : n * sizeof(S));
   return v;
