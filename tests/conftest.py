@@ -16,8 +16,8 @@ import torch
 FLOORS = {
     torch.float64: 1e-12,  # torch.nn does the very operations of the reference: its error says nothing
     torch.float32: 2e-6,
-    torch.bfloat16: 8e-3,
-    torch.float16: 1e-3,
+    torch.bfloat16: 1.6e-2,
+    torch.float16: 2e-3,
 }
 FACTOR = 2.0
 
@@ -118,3 +118,9 @@ def same_thread_count():
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def one_thread(same_thread_count):
+    """For tests that run torch.nn: OpenMP's own barriers take seconds where something else uses the cores."""
+    torch.set_num_threads(1)

@@ -13,6 +13,8 @@ from torch.nn.utils.rnn import PackedSequence
 import fusedrnn
 from fusedrnn import functional
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LENGTHS = (4, 2, 1)
 KINDS = {
     "padded": {},
