@@ -26,27 +26,36 @@ void tile(int64_t K, const S* a, int64_t lda, const S* b, const Acc<S>* start, i
           int64_t ldo) {
   constexpr int w = lanes<S>, step = k_step<S>;
   AccVec<S> acc[M][n];
+#pragma GCC unroll 16
   for (int m = 0; m < M; ++m)
+#pragma GCC unroll 16
     for (int v = 0; v < n; ++v) acc[m][v] = load(start + m * ld_start + v * w);
   const int64_t whole = K / step * step;
   for (int64_t k = 0; k < whole; k += step) {
     Operand<S> bk[n];
+#pragma GCC unroll 16
     for (int v = 0; v < n; ++v) bk[v] = load_operand(b + v * w * step);
+#pragma GCC unroll 16
     for (int m = 0; m < M; ++m) {
       const Operand<S> ak = broadcast(transposed ? a + k * lda + m * step : a + m * lda + k);
+#pragma GCC unroll 16
       for (int v = 0; v < n; ++v) acc[m][v] = multiply_add<S>(acc[m][v], ak, bk[v]);
     }
     b += n * w * step;
   }
-  if (whole < K) {  // an odd K: the pair's second element is 0
+  if (step > 1 && whole < K) {  // an odd K: the pair's second element is 0
+#pragma GCC unroll 16
     for (int m = 0; m < M; ++m) {
       S last[step]{};
       last[0] = transposed ? a[whole * lda + m * step] : a[m * lda + whole];
+#pragma GCC unroll 16
       for (int v = 0; v < n; ++v)
         acc[m][v] = multiply_add<S>(acc[m][v], broadcast(last), load_operand(b + v * w * step));
     }
   }
+#pragma GCC unroll 16
   for (int m = 0; m < M; ++m)
+#pragma GCC unroll 16
     for (int v = 0; v < n; ++v) store(out + m * ldo + v * w, acc[m][v]);
 }
 

@@ -39,6 +39,14 @@ using AccVec = Vec<Acc<S>, lanes<S>>;
 template <class S>
 inline constexpr int k_step = sizeof(Acc<S>) / sizeof(S);
 
+// A vector of V's type at any address of its elements.
+template <class V>
+struct UnalignedOf {
+  typedef V type __attribute__((aligned(1), may_alias));
+};
+template <class V>
+using Unaligned = typename UnalignedOf<V>::type;
+
 // Loads n elements, the other lanes are 0.
 template <class S>
 FUSEDRNN_INLINE AccVec<S> load(const S* p, int64_t n = lanes<S>) {
@@ -51,12 +59,9 @@ FUSEDRNN_INLINE AccVec<S> load(const S* p, int64_t n = lanes<S>) {
     std::memcpy(&v, &bits, sizeof(v));
     return v;
   } else {
+    if (n == w) return *reinterpret_cast<const Unaligned<AccVec<S>>*>(p);
     AccVec<S> v{};
-    if (n == w) {
-      std::memcpy(&v, p, sizeof(v));
-    } else {
-      std::memcpy(&v, p, n * sizeof(S));
-    }
+    std::memcpy(&v, p, n * sizeof(S));
     return v;
   }
 }
@@ -73,7 +78,7 @@ FUSEDRNN_INLINE void store(S* p, AccVec<S> v, int64_t n = lanes<S>) {
     const Vec<uint16_t, w> half = __builtin_convertvector(kept, Vec<uint16_t, w>);
     std::memcpy(p, &half, n == w ? sizeof(half) : n * sizeof(S));
   } else if (n == w) {
-    std::memcpy(p, &v, sizeof(v));
+    *reinterpret_cast<Unaligned<AccVec<S>>*>(p) = v;
   } else {
     std::memcpy(p, &v, n * sizeof(S));
   }
@@ -94,8 +99,9 @@ using Operand = typename OperandOf<S>::type;
 // n of the lanes * k_step elements, the others 0.
 template <class S>
 FUSEDRNN_INLINE Operand<S> load_operand(const S* p, int64_t n = lanes<S> * k_step<S>) {
+  if (n == lanes<S> * k_step<S>) return *reinterpret_cast<const Unaligned<Operand<S>>*>(p);
   Operand<S> v{};
-  std::memcpy(&v, p, n == lanes<S> * k_step<S> ? sizeof(v) : n * sizeof(S));
+  std::memcpy(&v, p, n * sizeof(S));
   return v;
 }
 
