@@ -28,7 +28,7 @@ class OuterProduct {
   // Scratch for one thread: for a run's products, M x N altogether.
   void layout(Arena& arena, int64_t rows, int64_t M, int64_t N) {
     const int64_t columns = width * std::min<int64_t>(group, N / width + 2);  // two targets: two narrower panels
-    block_k_ = std::min<int64_t>(round_up(rows, step), std::clamp<int64_t>(b_budget / columns, 64, 512));
+    block_k_ = std::min<int64_t>(round_up(rows, step), std::clamp<int64_t>(b_budget / columns, 64, 256));
     b_ = arena.take<S>(block_k_ * columns);
     a_ = arena.take<S>(block_k_ * block_m);
     c_ = arena.take<A>(M * columns);
@@ -44,7 +44,8 @@ class OuterProduct {
     int64_t panels = 0;
     for (const Target& target : targets) panels += target.panels(), sums |= target.db != nullptr;
     std::fill(sums_, sums_ + m.size(), A{});
-    if (sums && panels == 0) add_sums(a + m.begin, lda, rows, m.size(), sums_);
+    for (int64_t k0 = 0; sums && panels == 0 && k0 < rows; k0 += block_k_)
+      add_sums(a + k0 * lda + m.begin, lda, std::min(block_k_, rows - k0), m.size(), sums_);
     const auto row_of = [&](int64_t i) { return i + shift < M ? i + shift : i + shift - M; };
     for (int64_t first = 0; first < panels; first += group) {
       const Range some{first, std::min<int64_t>(first + group, panels)};
@@ -135,9 +136,9 @@ class OuterProduct {
   static void add_sums(const S* from, int64_t lda, int64_t k, int64_t count, A* sums) {
     for (int64_t j = 0; j < count; j += w) {
       const int64_t valid = std::min<int64_t>(w, count - j);
-      AccVec<S> total = load(sums + j, valid);
+      AccVec<S> total{};
       for (int64_t i = 0; i < k; ++i) total += load(from + i * lda + j, valid);
-      store(sums + j, total, valid);
+      store(sums + j, load(sums + j, valid) + total, valid);
     }
   }
 

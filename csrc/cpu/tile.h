@@ -20,7 +20,8 @@ constexpr int max_rows(int n) {
 }
 
 // a: row m at a + m * lda; or transposed, the k_step elements of row m for step k at a + k * lda + m * k_step.
-// start: row m's accumulators start from start + m * ld_start (a bias: ld_start = 0).
+// start: row m is start + m * ld_start (a bias: ld_start = 0). It is added to the whole sum, so that sums over many
+// rows, block by block, lose no more than pairwise ones.
 template <class S, int M, int n, bool transposed>
 void tile(int64_t K, const S* a, int64_t lda, const S* b, const Acc<S>* start, int64_t ld_start, Acc<S>* out,
           int64_t ldo) {
@@ -29,7 +30,7 @@ void tile(int64_t K, const S* a, int64_t lda, const S* b, const Acc<S>* start, i
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 16
-    for (int v = 0; v < n; ++v) acc[m][v] = load(start + m * ld_start + v * w);
+    for (int v = 0; v < n; ++v) acc[m][v] = AccVec<S>{};
   const int64_t whole = K / step * step;
   for (int64_t k = 0; k < whole; k += step) {
     Operand<S> bk[n];
@@ -56,7 +57,7 @@ void tile(int64_t K, const S* a, int64_t lda, const S* b, const Acc<S>* start, i
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 16
-    for (int v = 0; v < n; ++v) store(out + m * ldo + v * w, acc[m][v]);
+    for (int v = 0; v < n; ++v) store(out + m * ldo + v * w, acc[m][v] + load(start + m * ld_start + v * w));
 }
 
 template <class S>
