@@ -120,6 +120,16 @@ FUSEDRNN_INLINE Operand<S> broadcast(const S* p) {
   }
 }
 
+// The elements of a and b at the indices, which count through a and then b.
+template <int... indices, class V>
+FUSEDRNN_INLINE V shuffle(V a, V b) {
+#if defined(__clang__) || __GNUC__ >= 12
+  return __builtin_shufflevector(a, b, indices...);
+#else
+  return __builtin_shuffle(a, b, V{indices...});
+#endif
+}
+
 // One stage of a transposition: swaps the off-diagonal blocks of size `size` in the 2 size x 2 size squares.
 template <int size, class V, int... j>
 FUSEDRNN_INLINE void swap_blocks(V* rows, std::integer_sequence<int, j...>) {
@@ -127,8 +137,8 @@ FUSEDRNN_INLINE void swap_blocks(V* rows, std::integer_sequence<int, j...>) {
   for (int i = 0; i < w; ++i) {
     if (i & size) continue;
     const V a = rows[i], b = rows[i + size];
-    rows[i] = __builtin_shufflevector(a, b, (j & size ? w + j - size : j)...);
-    rows[i + size] = __builtin_shufflevector(a, b, (j & size ? w + j : j + size)...);
+    rows[i] = shuffle<(j & size ? w + j - size : j)...>(a, b);
+    rows[i + size] = shuffle<(j & size ? w + j : j + size)...>(a, b);
   }
 }
 
