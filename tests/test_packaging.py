@@ -133,10 +133,10 @@ def test_torch_of_the_environment(toolchain, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("macros", "name"),
     [
-        ("#define __GNUC__ 10\n#define __GNUC_MINOR__ 2", "gcc 10.2"),
+        ("#define __GNUC__ 11\n#define __GNUC_MINOR__ 4", "gcc 11.4"),
         (
-            "#define __GNUC__ 4\n#define __clang__ 1\n#define __clang_major__ 12\n#define __clang_minor__ 0",
-            "clang 12.0",
+            "#define __GNUC__ 4\n#define __clang__ 1\n#define __clang_major__ 14\n#define __clang_minor__ 0",
+            "clang 14.0",
         ),
     ],
 )
@@ -146,8 +146,8 @@ def test_compiler_is_found(toolchain, compiler, macros, name):
 
 
 def test_compiler_is_refused(toolchain, compiler, monkeypatch):
-    compiler("#define __GNUC__ 9\n#define __GNUC_MINOR__ 4")
-    assert "is gcc 9.4, too old" in refusal(toolchain.find_compiler)
+    compiler("#define __GNUC__ 10\n#define __GNUC_MINOR__ 2")
+    assert "is gcc 10.2, too old" in refusal(toolchain.find_compiler)
     monkeypatch.setenv("CXX", "/nowhere/c++")
     assert "no C++ compiler found (tried /nowhere/c++)" in refusal(toolchain.find_compiler)
     monkeypatch.setenv("CXX", "false")

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 TORCH_MIN = (2, 10)
-GCC_MIN, CLANG_MIN, CUDA_MIN = 10, 12, (12, 0)
+GCC_MIN, CLANG_MIN, CUDA_MIN = 11, 14, (12, 0)
 CUDA_ARCHS = ["8.0", "8.6", "8.9", "9.0a", "10.0", "12.0+PTX"]
 
 
