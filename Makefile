@@ -28,7 +28,7 @@ $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
 	  echo "fusedrnn: error: Python >= 3.10 is needed and '$(PYTHON)' is $$($(PYTHON) --version 2>&1 || true):" \
 	    "make PYTHON=/path/to/python3" >&2; exit 1; }
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 $(TORCH_STAMP): | $(BIN)/python
 	$(PIP) install '$(TORCH)'
