@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .functional import ARGUMENT_ERRORS, States, autocast_enabled, in_torch_words, layer, stack
+from .functional import ARGUMENT_ERRORS, States, autocast_enabled, in_torch_words, layer, pair, stack
 
 # Their forward refuses, in torch's own words, what ours does not take. patch() rebinds the names.
 _NN_RNN_CELL, _NN_LSTM_CELL, _NN_GRU_CELL = torch.nn.RNNCell, torch.nn.LSTMCell, torch.nn.GRUCell
@@ -156,8 +156,8 @@ class LSTMCell(_Cell):
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """The next state; arguments, result and errors are torch.nn's (see the class)."""
         try:
-            if hx is not None:
-                h, c = hx
+            h, c = pair(hx)
+            if h is not None:
                 plain = self._plain_step("lstm", input, h, c)
                 if plain is not None:
                     return plain[0], plain[2][0]

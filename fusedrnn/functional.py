@@ -129,13 +129,46 @@ def rnn(
 def in_torch_words(forward: Any, module: Any, input: Any, hx: Any, error: Exception) -> Exception:
     """What torch.nn's ``forward`` raises for the arguments that gave ``error``, or else that."""
     transformed = torch._C._are_functorch_transforms_active()  # torch.nn knows fewer of them
-    if not transformed and not isinstance(error, torch.OutOfMemoryError):
-        try:
-            with torch.no_grad():
+    if transformed or isinstance(error, torch.OutOfMemoryError):
+        return error
+    try:
+        with torch.no_grad():
+            if isinstance(input, PackedSequence):  # torch.nn's forward reads out of bounds for some of these
+                check = module.check_input if hx is None else module.check_forward_args
+                check(input.data, *(() if hx is None else (hx,)), input.batch_sizes)
+            elif _has_its_shapes(module):  # nor does it look at the weights' shapes
                 forward(module, input, hx)
-        except Exception as theirs:
-            return theirs
+    except Exception as theirs:
+        return theirs
     return error
+
+
+def _has_its_shapes(module: Any) -> bool:
+    """Whether the weights of a multi-layer module have the shapes that its attributes say."""
+    if not isinstance(module, torch.nn.RNNBase):
+        return True
+    hidden, directions = module.hidden_size, 2 if module.bidirectional else 1
+    rows, projected = ops.GATES.get(module.mode.lower(), 1) * hidden, module.proj_size or hidden
+    for name in module._flat_weights_names:
+        width = module.input_size if "_l0" in name else directions * projected
+        shapes = {
+            "weight_ih": (rows, width),
+            "weight_hh": (rows, projected),
+            "weight_hr": (projected, hidden),
+        }
+        if getattr(module, name).shape != shapes.get(name[:9], (rows,)):
+            return False
+    return True
+
+
+def pair(hx: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, Tensor | None]:
+    """``(h_0, c_0)`` of an LSTM's ``hx``: two tensors, or none at all."""
+    if hx is None:
+        return None, None
+    h, c = hx
+    if h is None or c is None or isinstance(hx, Tensor):
+        raise TypeError(f"expected hx to be a pair of tensors (h_0, c_0), got {type(hx).__name__}")
+    return h, c
 
 
 def layer(

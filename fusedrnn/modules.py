@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from . import ops
-from .functional import ARGUMENT_ERRORS, States, autocast_enabled, in_torch_words, layer, network
+from .functional import ARGUMENT_ERRORS, States, autocast_enabled, in_torch_words, layer, network, pair
 
 # Taken now: patch() rebinds the names.
 _NN_RNN, _NN_LSTM, _NN_GRU = torch.nn.RNN, torch.nn.LSTM, torch.nn.GRU
@@ -265,7 +265,7 @@ class LSTM(FusedBase):
             ):
                 x = input.transpose(0, 1) if self.batch_first else input
                 if x.shape[0]:
-                    h0, c0 = (None, None) if hx is None else hx
+                    h0, c0 = pair(hx)
                     directions = 2 if self.bidirectional else 1
                     weights = self._weights()
                     if _is_grad_enabled():
@@ -274,6 +274,7 @@ class LSTM(FusedBase):
                         result = _lstm(x, h0, c0, weights, None, directions, False)
                     y = result[0]
                     return (y.transpose(0, 1) if self.batch_first else y), (result[1], result[2])
+            pair(hx)
             output, (h_n, c_n) = self._network(input, hx)
             return output, (h_n, c_n)
         except ARGUMENT_ERRORS as error:
