@@ -1,5 +1,4 @@
-// fusedrnn._C: what Python may ask the library about itself. Tensors don't pass here, they go through
-// torch.ops.fusedrnn.
+// fusedrnn._C: what Python may ask the library about itself. Tensors go through torch.ops.fusedrnn instead.
 #include <pybind11/pybind11.h>
 
 #include <sstream>
@@ -10,10 +9,9 @@
 
 namespace py = pybind11;
 
-// libfusedrnn.so
+// libfusedrnn.so. To set returns 0, or nonzero for a name that it doesn't know or the CPU lacks.
 extern "C" const char* fusedrnn_cpu_capability();
-extern "C" int fusedrnn_set_cpu_capability(
-    const char* name);  // 0, or nonzero for a name it doesn't know or the CPU lacks
+extern "C" int fusedrnn_set_cpu_capability(const char* name);
 
 namespace {
 
