@@ -133,7 +133,8 @@ def in_torch_words(forward: Any, module: Any, input: Any, hx: Any, error: Except
         return error
     try:
         with torch.no_grad():
-            if isinstance(input, PackedSequence):  # torch.nn's forward reads out of bounds for some of these
+            if isinstance(module, torch.nn.RNNBase) and isinstance(input, PackedSequence):
+                # torch.nn's forward reads out of bounds for some of these.
                 check = module.check_input if hx is None else module.check_forward_args
                 check(input.data, *(() if hx is None else (hx,)), input.batch_sizes)
             elif _has_its_shapes(module):  # nor does it look at the weights' shapes

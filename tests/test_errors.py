@@ -5,13 +5,11 @@ torch.nn leaves much unchecked, and what it raises then is an accident of its ke
 error will do, but those that its Python code raises on purpose are compared too.
 """
 
-import math
-import traceback
-import warnings
 from types import SimpleNamespace
 
 import pytest
 import torch
+from outcomes import ERRORS, same_outcome, tensors_in
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence
 
@@ -22,113 +20,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 LAYERS = [("LSTM", {}), ("LSTM", {"proj_size": 2}), ("GRU", {}), ("RNN", {}), ("RNN", {"nonlinearity": "relu"})]
 CELLS = [("LSTMCell", {}), ("GRUCell", {}), ("RNNCell", {}), ("RNNCell", {"nonlinearity": "relu"})]
 I, H, T, N = 4, 6, 5, 3
-
-
-def outcome(function):
-    """("raised", type, text, whether on purpose), or ("returned", value); and the warnings on the way."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        try:
-            result = ("returned", function())
-        except Exception as error:
-            last = traceback.extract_tb(error.__traceback__)[-1]
-            on_purpose = last.filename == nn.modules.rnn.__file__ and last.line.startswith("raise")
-            result = ("raised", type(error), str(error), on_purpose)
-    return result, [(w.category, str(w.message)) for w in caught if "oneDNN" not in str(w.message)]
-
-
-def tensors_in(value):
-    if isinstance(value, torch.Tensor):
-        return [value]
-    return [t for v in value if v is not None for t in tensors_in(v)] if isinstance(value, tuple) else []
-
-
-# What an error of any kind may be
-ERRORS = (AttributeError, IndexError, RuntimeError, TypeError, ValueError)
-
-
-def same_outcome(call, must_raise=False, promoted=False, packed=False):
-    """Compares call(fusedrnn) with call(torch.nn).
-
-    promoted: torch.nn may take mixed dtypes, ours refuses them. packed: torch.nn's accidents aren't compared; if it is
-    "unsorted", neither are words.
-    """
-    (theirs, their_warnings), (ours, our_warnings) = outcome(lambda: call(nn)), outcome(lambda: call(fusedrnn))
-    if promoted and theirs[0] == "returned":
-        assert ours[:2] == ("raised", RuntimeError) and "dtype" in ours[2]
-        return
-    assert ours[0] == theirs[0], f"ours {ours}\ntorch.nn {theirs}"
-    if theirs[0] == "raised":
-        if packed and not theirs[3]:
-            assert issubclass(ours[1], ERRORS)
-            return
-        if packed == "unsorted":  # torch.nn tells the shape of the state after sorting it
-            assert ours[1] == theirs[1]
-            return
-        assert ours[1:3] == theirs[1:3]
-        assert our_warnings == their_warnings
-        return
-    assert not must_raise, "torch.nn takes this"
-    assert our_warnings == their_warnings
-    for a, b in zip(tensors_in(ours[1]), tensors_in(theirs[1]), strict=True):
-        torch.testing.assert_close(a, b, equal_nan=True)
-
-
-# ---- constructors --------------------------------------------------------------------------------
-
-CONSTRUCTOR = [
-    *({"dropout": d} for d in (-0.1, 1.1, True, "a", None, math.nan, math.inf, 1j, 2, [0.5])),
-    *({"dropout": d, "num_layers": 2} for d in (-0.1, 1.1, True, "a", math.nan, 0, 1, 0.5)),
-    {"dropout": 0.5},  # a warning: one layer
-    *({"bias": b} for b in (1, 0, None, "yes", torch.tensor(True))),
-    *({"batch_first": b} for b in (1, 0, None, "yes")),
-    *({"input_size": s} for s in (0, -1, 2.0, "2", None, True, torch.tensor(3))),
-    *({"hidden_size": s} for s in (0, -1, 2.0, "2", None, True)),
-    *({"num_layers": n} for n in (0, -1, 1.5, "1", None)),
-    *({"bidirectional": b} for b in (1, 0, None, "yes")),
-    *({"proj_size": p} for p in (-1, 0, 1, 6, 7, 1.5, "1", None)),
-    *({"device": d} for d in ("nowhere", 1.5)),
-    *({"dtype": d} for d in (torch.int64, torch.complex64, "float32", torch.bool)),
-    *({"nonlinearity": f} for f in ("sigmoid", "", None, "RELU")),
-    {"hiden_size": 3},
-    {"mode": "LSTM"},
-]
-
-
-@pytest.mark.parametrize("options", CONSTRUCTOR, ids=str)
-@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])
-def test_constructor(name, options):
-    same_outcome(lambda library: repr(getattr(library, name)(**{"input_size": I, "hidden_size": H, **options})))
-
-
-@pytest.mark.parametrize("arguments", [(), (4,), (4, 6, 2, "relu", True, False, 0.0, True), (4, 6, 1, 2, 3), (4,) * 12])
-@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell"])
-def test_positional_arguments(name, arguments):
-    def call(library):
-        try:
-            return repr(getattr(library, name)(*arguments))
-        except TypeError as error:  # Python's own names the function by its place
-            raise TypeError(str(error).split("__init__()")[-1]) from None
-
-    same_outcome(call)
-
-
-CELL_CONSTRUCTOR = [
-    *({"input_size": s} for s in (0, -1, 2.0, "2", None)),
-    *({"hidden_size": s} for s in (0, -1, 2.0, None)),
-    *({"bias": b} for b in (1, 0, None, "yes", False)),
-    *({"dtype": d} for d in (torch.int64, torch.complex64, "float32")),
-    *({"device": d} for d in ("nowhere", 1.5)),
-    *({"nonlinearity": f} for f in ("sigmoid", "", None, "relu")),
-]
-
-
-@pytest.mark.parametrize("options", CELL_CONSTRUCTOR, ids=str)
-@pytest.mark.parametrize("name", ["LSTMCell", "GRUCell", "RNNCell"])
-def test_cell_constructor(name, options):
-    if "nonlinearity" in options and name != "RNNCell":
-        pytest.skip("Python's own message, which names the class")
-    same_outcome(lambda library: repr(getattr(library, name)(**{"input_size": I, "hidden_size": H, **options})))
 
 
 # ---- calls ---------------------------------------------------------------------------------------

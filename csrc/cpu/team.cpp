@@ -1,5 +1,6 @@
 #include "team.h"
 
+#include <pthread.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <chrono>
@@ -59,6 +60,10 @@ class Entrance {
   std::atomic<uint64_t> state_{0};  // chunks taken (high 32 bits), closed flag, members (low 31 bits)
 };
 
+// The pool's threads don't exist in a forked child, and torch's OpenMP would wait for them forever.
+std::atomic<bool> forked{false};
+[[maybe_unused]] const int at_fork = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+
 }  // namespace
 
 void Barrier::wait(int count) {
@@ -71,7 +76,7 @@ void Barrier::wait(int count) {
   }
 }
 
-int max_threads() { return int(torch::stable::get_num_threads()); }
+int max_threads() { return forked ? 1 : int(torch::stable::get_num_threads()); }
 
 void run_team(int wanted, const std::function<void(Member)>& work) {
   Barrier barrier;

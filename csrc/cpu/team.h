@@ -31,7 +31,7 @@ struct Member {
 // regions: the work may rely on barriers.
 void run_team(int wanted, const std::function<void(Member)>& work);
 
-// torch.get_num_threads()
+// torch.get_num_threads(); 1 in a forked child.
 int max_threads();
 
 }  // namespace fusedrnn
