@@ -135,8 +135,10 @@ def in_torch_words(forward: Any, module: Any, input: Any, hx: Any, error: Except
         with torch.no_grad():
             if isinstance(module, torch.nn.RNNBase) and isinstance(input, PackedSequence):
                 # torch.nn's forward reads out of bounds for some of these.
-                check = module.check_input if hx is None else module.check_forward_args
-                check(input.data, *(() if hx is None else (hx,)), input.batch_sizes)
+                if hx is None:
+                    module.check_input(input.data, input.batch_sizes)
+                else:
+                    module.check_forward_args(input.data, hx, input.batch_sizes)
             elif _has_its_shapes(module):  # nor does it look at the weights' shapes
                 forward(module, input, hx)
     except Exception as theirs:
