@@ -113,8 +113,9 @@ Layer Layer::check(const Tensor& x, const MaybeTensor& h0, const MaybeTensor& c0
   return l;
 }
 
-void Layer::check_backward(const MaybeTensor& dy, const MaybeTensor& dh_n, const MaybeTensor& dc_n, const Tensor& y,
-                           const Tensor& gates_, const Tensor& cells) const {
+void Layer::check_backward(const MaybeTensor& dy, const MaybeTensor& dh_n, const MaybeTensor& dc_n,
+                           const MaybeTensor& dcells, const Tensor& y, const Tensor& gates_,
+                           const Tensor& cells) const {
   const auto like_y = [&](const char* name, const MaybeTensor& t) {
     if (packed)
       check_tensor(name, t, {rows, directions * P}, y, dtype);
@@ -128,6 +129,8 @@ void Layer::check_backward(const MaybeTensor& dy, const MaybeTensor& dh_n, const
   check_tensor("dh_n", dh_n, {directions, N, P}, y, dtype);
   STD_TORCH_CHECK(has_c || !dc_n, "fusedrnn: dc_n: expected None, this cell has no c");
   check_tensor("dc_n", dc_n, {directions, N, H}, y, dtype);
+  STD_TORCH_CHECK(has_c || !dcells, "fusedrnn: dcells: expected None, this cell has no c");
+  check_tensor("dcells", dcells, {rows, directions, H}, y, accumulator());
 }
 
 std::vector<int64_t> Layer::y_shape() const {

@@ -33,8 +33,8 @@ struct Layer {
     return check(x, h0, c0, weights, batch_sizes, directions, Cell::gates, Cell::saved, Cell::has_c);
   }
   // The arguments of the backward op beyond the forward op's.
-  void check_backward(const MaybeTensor& dy, const MaybeTensor& dh_n, const MaybeTensor& dc_n, const Tensor& y,
-                      const Tensor& gates, const Tensor& cells) const;
+  void check_backward(const MaybeTensor& dy, const MaybeTensor& dh_n, const MaybeTensor& dc_n,
+                      const MaybeTensor& dcells, const Tensor& y, const Tensor& gates, const Tensor& cells) const;
 
   std::vector<int64_t> y_shape() const;
   std::vector<int64_t> h_shape() const { return {directions, N, P}; }

@@ -9,8 +9,8 @@ STABLE_TORCH_LIBRARY(fusedrnn, m) {
                   " -> (Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)")
               .c_str());
     m.def((cell +
-           "_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights,"
-           " Tensor? batch_sizes, int directions, Tensor y, Tensor gates, Tensor cells, int needs)"
+           "_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dcells, Tensor x, Tensor? h0, Tensor? c0,"
+           " Tensor[] weights, Tensor? batch_sizes, int directions, Tensor y, Tensor gates, Tensor cells, int needs)"
            " -> (Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dweights)")
               .c_str());
   }

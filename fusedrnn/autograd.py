@@ -30,9 +30,9 @@ class _Function(Function):
 
 
 class Layer(_Function):
-    """``apply(cell, directions, batch_sizes, x, h0, c0, *weights) -> y, h_n, c_n, gates, cells``.
+    """``apply(cell, directions, batch_sizes, every_c, x, h0, c0, *weights) -> y, h_n, c_n, gates, cells``.
 
-    Arguments and results as in :mod:`fusedrnn.ops`; ``gates`` and ``cells`` carry no gradient.
+    Arguments and results as in :mod:`fusedrnn.ops`; ``gates`` carries no gradient, ``cells`` if ``every_c``.
     """
 
     @staticmethod
@@ -40,6 +40,7 @@ class Layer(_Function):
         cell: str,
         directions: int,
         batch_sizes: Tensor | None,
+        every_c: bool,
         x: Tensor,
         h0: Tensor | None,
         c0: Tensor | None,
@@ -49,32 +50,32 @@ class Layer(_Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        cell, directions, batch_sizes, x, h0, c0, *weights = inputs
+        cell, directions, batch_sizes, every_c, x, h0, c0, *weights = inputs
         y, _, _, gates, cells = output
         ctx.cell, ctx.directions = cell, directions
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(gates, cells)
+        ctx.mark_non_differentiable(*((gates,) if every_c else (gates, cells)))
         ctx.save_for_backward(batch_sizes, x, h0, c0, y, gates, cells, *weights)
 
     @staticmethod
-    def backward(ctx: Any, dy: Any, dh_n: Any, dc_n: Any, *_: Any) -> tuple[Any, ...]:
-        if dy is None and dh_n is None and dc_n is None:
+    def backward(ctx: Any, dy: Any, dh_n: Any, dc_n: Any, _: Any, dcells: Any) -> tuple[Any, ...]:
+        if dy is None and dh_n is None and dc_n is None and dcells is None:
             return (None,) * len(ctx.needs_input_grad)
         batch_sizes, x, h0, c0, y, gates, cells, *weights = ctx.saved_tensors
         if ctx.cell != "lstm":
             dc_n = None  # c_n is empty; compiled code gives it a zero gradient all the same
         differentiable = torch.is_grad_enabled()  # create_graph=True
         call = LayerBackward.apply if differentiable else LayerBackward.forward
-        # y is detached: a constant there, not a way back into this layer.
-        fixed = (ctx.cell, ctx.directions, batch_sizes, y.detach(), gates, cells, ctx.needs_input_grad[3:])
-        return (None, None, None, *call(*fixed, dy, dh_n, dc_n, x, h0, c0, *weights))
+        # y and cells are detached: constants there, not a way back into this layer.
+        fixed = (ctx.cell, ctx.directions, batch_sizes, y.detach(), gates, cells.detach(), ctx.needs_input_grad[4:])
+        return (None, None, None, None, *call(*fixed, dy, dh_n, dc_n, dcells, x, h0, c0, *weights))
 
 
 class LayerBackward(_Function):
     """The gradients of :class:`Layer`, themselves differentiable.
 
-    ``apply(cell, directions, batch_sizes, y, gates, cells, needs, dy, dh_n, dc_n, x, h0, c0,
-    *weights) -> dx, dh0, dc0, *dweights``, ``None`` wherever ``needs`` (a bool each) says so.
+    ``apply(cell, directions, batch_sizes, y, gates, cells, needs, dy, dh_n, dc_n, dcells, x,
+    h0, c0, *weights) -> dx, dh0, dc0, *dweights``, ``None`` wherever ``needs`` (a bool each) says so.
     """
 
     @staticmethod
@@ -89,6 +90,7 @@ class LayerBackward(_Function):
         dy: Tensor | None,
         dh_n: Tensor | None,
         dc_n: Tensor | None,
+        dcells: Tensor | None,
         x: Tensor,
         h0: Tensor | None,
         c0: Tensor | None,
@@ -96,7 +98,7 @@ class LayerBackward(_Function):
     ) -> tuple[Tensor | None, ...]:
         mask = sum([1 << bit for bit, need in enumerate(needs) if need])
         dx, dh0, dc0, dweights = ops.backward[cell](
-            dy, dh_n, dc_n, x, h0, c0, weights, batch_sizes, directions, y, gates, cells, mask
+            dy, dh_n, dc_n, dcells, x, h0, c0, weights, batch_sizes, directions, y, gates, cells, mask
         )
         gradients = (dx, dh0, dc0, *dweights)
         return tuple([g if need else None for g, need in zip(gradients, needs, strict=True)])
@@ -113,11 +115,11 @@ class LayerBackward(_Function):
         batch_sizes, *tensors = ctx.saved_tensors
         with torch.enable_grad():
             tensors = [_alias(t) for t in tensors]
-            dy, dh_n, dc_n, x, h0, c0, *weights = [_promote(t) for t in tensors]
+            dy, dh_n, dc_n, dcells, x, h0, c0, *weights = [_promote(t) for t in tensors]
             layer = getattr(reference, ctx.cell)
             outputs = layer(x, h0, c0, weights, batch_sizes, ctx.directions)
-            sources = [t for t, gg in zip(tensors[3:], ggs, strict=True) if gg is not None]
-            first = _vjp(outputs, (dy, dh_n, dc_n), sources, create_graph=True)
+            sources = [t for t, gg in zip(tensors[4:], ggs, strict=True) if gg is not None]
+            first = _vjp(outputs, (dy, dh_n, dc_n, dcells), sources, create_graph=True)
         needs = ctx.needs_input_grad[_FIXED:]
         targets = [t for t, need in zip(tensors, needs, strict=True) if need]
         ggs = tuple(gg for gg in ggs if gg is not None)

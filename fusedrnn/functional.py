@@ -190,7 +190,7 @@ def layer(
         or (h0 is not None and h0.requires_grad)
         or (c0 is not None and c0.requires_grad)
     ):
-        return Layer.apply(cell, directions, batch_sizes, x, h0, c0, *weights)
+        return Layer.apply(cell, directions, batch_sizes, False, x, h0, c0, *weights)
     return ops.forward[cell](x, h0, c0, weights, batch_sizes, directions, False)
 
 

@@ -6,7 +6,7 @@ and one, ``fusedrnn::<cell>_backward``, gives its gradients::
     <cell>(Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? batch_sizes,
            int directions, bool save)
         -> (Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)
-    <cell>_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n,
+    <cell>_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dcells,
                     Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? batch_sizes,
                     int directions, Tensor y, Tensor gates, Tensor cells, int needs)
         -> (Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dweights)
@@ -14,8 +14,9 @@ and one, ``fusedrnn::<cell>_backward``, gives its gradients::
 The arguments up to ``batch_sizes`` are those of :func:`fusedrnn.reference.lstm`. With ``save`` the
 forward op keeps what the backward op reads: ``gates [rows, D, S, H]``, the S activated gates of
 each unit (S + 1 if h is projected: then o tanh(c)), and for the LSTM ``cells [rows, D, H]``, every
-c in float32 (float64 for float64). ``needs`` is a bit mask of the gradients asked for: 0 dx, 1 dh0,
-2 dc0, 3 + i weight i. Whatever is not asked for or does not exist is an empty ``[0]`` tensor.
+c in float32 (float64 for float64); so is its gradient, ``dcells``. ``needs`` is a bit mask of the
+gradients asked for: 0 dx, 1 dh0, 2 dc0, 3 + i weight i. Whatever is not asked for or does not exist
+is an empty ``[0]`` tensor.
 """
 
 from __future__ import annotations
@@ -101,6 +102,7 @@ def _fake_backward(
     dy: Tensor | None,
     dh_n: Tensor | None,
     dc_n: Tensor | None,
+    dcells: Tensor | None,
     x: Tensor,
     h0: Tensor | None,
     c0: Tensor | None,

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+Results = tuple[Tensor, Tensor, Tensor, Tensor]  # y, h_n, c_n, cells
 State = tuple[Tensor, ...]  # (h,) or (h, c), each [rows, P or H]
 Step = Callable[[Tensor, Tensor, State], State]  # (wx, rh, previous state) -> state
 
@@ -55,7 +56,7 @@ def lstm(
     weights: Sequence[Tensor],
     batch_sizes: Tensor | None = None,
     directions: int = 1,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Results:
     """One LSTM layer, with or without projection.
 
     Args:
@@ -68,7 +69,8 @@ def lstm(
         directions: 1, or 2 to run the second one backwards in time.
 
     Returns:
-        ``y`` (``[T, N, D*P]`` or ``[rows, D*P]``), ``h_n [D, N, P]`` and ``c_n [D, N, H]``.
+        ``y`` (``[T, N, D*P]`` or ``[rows, D*P]``), ``h_n [D, N, P]``, ``c_n [D, N, H]`` and
+        ``cells [rows, D, H]``, every c.
     """
     return _layer(lstm_step, 4, x, h0, c0, weights, batch_sizes, directions)
 
@@ -80,8 +82,8 @@ def gru(
     weights: Sequence[Tensor],
     batch_sizes: Tensor | None = None,
     directions: int = 1,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One GRU layer: as :func:`lstm` with ``G = 3``, no ``c`` (``c_n`` is empty, ``[0]``)."""
+) -> Results:
+    """One GRU layer: as :func:`lstm` with ``G = 3``, no ``c`` (``c_n`` and ``cells`` are empty, ``[0]``)."""
     return _layer(gru_step, 3, x, h0, c0, weights, batch_sizes, directions)
 
 
@@ -92,7 +94,7 @@ def rnn_tanh(
     weights: Sequence[Tensor],
     batch_sizes: Tensor | None = None,
     directions: int = 1,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Results:
     """One Elman layer with tanh: as :func:`gru` with ``G = 1``."""
     return _layer(rnn_tanh_step, 1, x, h0, c0, weights, batch_sizes, directions)
 
@@ -104,7 +106,7 @@ def rnn_relu(
     weights: Sequence[Tensor],
     batch_sizes: Tensor | None = None,
     directions: int = 1,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Results:
     """One Elman layer with ReLU: as :func:`gru` with ``G = 1``."""
     return _layer(rnn_relu_step, 1, x, h0, c0, weights, batch_sizes, directions)
 
@@ -118,12 +120,12 @@ def _layer(
     weights: Sequence[Tensor],
     batch_sizes: Tensor | None,
     directions: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Results:
     sizes = [x.shape[1]] * x.shape[0] if batch_sizes is None else batch_sizes.tolist()
     batch = x.shape[1] if batch_sizes is None else sizes[0]
     rows = x.reshape(-1, x.shape[-1])
     count = len(weights) // directions
-    outputs, finals = [], []
+    outputs, finals, every_c = [], [], []
     for d in range(directions):
         w_ih, w_hh, *rest = weights[d * count : (d + 1) * count]
         b_ih, b_hh = rest[:2] if len(rest) > 1 else (None, None)
@@ -134,19 +136,23 @@ def _layer(
             c = x.new_zeros(batch, w_hh.shape[0] // gates) if c0 is None else c0[d]
             state = (h, c)
         wx = linear(rows, w_ih, b_ih).split(sizes)
-        hs: list[Tensor] = [h] * len(sizes)
+        states: list[State] = [state] * len(sizes)
         for t in reversed(range(len(sizes))) if d == 1 else range(len(sizes)):
             n = sizes[t]
             running = tuple(s[:n] for s in state)
             new = step(wx[t], linear(running[0], w_hh, b_hh), running)
             if w_hr is not None:
                 new = (linear(new[0], w_hr), *new[1:])
-            hs[t] = new[0]
+            states[t] = new
             # Rows from n on have ended (backwards in time: have not begun) and keep their state.
             state = tuple(torch.cat((a, s[n:])) for a, s in zip(new, state, strict=True))
-        outputs.append(torch.cat(hs) if hs else rows.new_empty(0, h.shape[1]))
+        over_time = [torch.cat(s) for s in zip(*states, strict=True)] or [s[:0] for s in state]
+        outputs.append(over_time[0])
+        every_c += over_time[1:]
         finals.append(state)
     y = torch.cat(outputs, -1)
     y = y.reshape(*x.shape[:-1], y.shape[-1])
-    h_n, *c_n = (torch.stack(states) for states in zip(*finals, strict=True))
-    return y, h_n, c_n[0] if c_n else x.new_empty(0)
+    h_n, *c_n = (torch.stack(s) for s in zip(*finals, strict=True))
+    if not c_n:
+        return y, h_n, x.new_empty(0), x.new_empty(0)
+    return y, h_n, c_n[0], torch.stack(every_c, 1)

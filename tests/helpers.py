@@ -145,13 +145,13 @@ def make_inputs(case: Case, device="cpu", seed: int = 0) -> Inputs:
 
 
 def make_gradients(case: Case, device="cpu", seed: int = 1) -> list[Tensor | None]:
-    """Random upstream gradients of y, h_n and (lstm) c_n."""
+    """Random upstream gradients of y, h_n and (lstm) c_n; none of every c."""
     generator = torch.Generator().manual_seed(seed)
     D, N, width = case.directions, case.batch, case.directions * case.output
     shapes = [(case.T, N, width) if case.lengths is None else (case.rows, width), (D, N, case.output)]
     shapes += [(D, N, case.H)] if case.cell == "lstm" else []
     made = [torch.randn(s, generator=generator, dtype=torch.float64).to(case.dtype).to(device) for s in shapes]
-    return made + [None] * (3 - len(made))
+    return made + [None] * (4 - len(made))
 
 
 # ---- the three ways ------------------------------------------------------------------------------
@@ -191,7 +191,7 @@ def one_thread():
 
 
 @one_thread()
-def _differentiate(layer, inputs: Inputs, gradients) -> dict[str, Tensor]:
+def differentiate(layer, inputs: Inputs, gradients) -> dict[str, Tensor]:
     inputs = inputs.map(lambda t: t.detach().requires_grad_())
     outputs = [t for t in layer(inputs) if t is not None]
     given = [(o, g) for o, g in zip(outputs, gradients, strict=False) if g is not None and o.requires_grad]
@@ -230,7 +230,7 @@ def in_float64(case: Case, inputs: Inputs, gradients, y: Tensor | None = None) -
         return outputs if case.cell == "lstm" else outputs[:2]
 
     wide = [None if g is None else g.double() for g in gradients]
-    return _differentiate(layer, inputs.map(Tensor.double), wide)
+    return differentiate(layer, inputs.map(Tensor.double), wide)
 
 
 def with_torch_nn(case: Case, inputs: Inputs, gradients) -> dict[str, Tensor]:
@@ -248,7 +248,7 @@ def with_torch_nn(case: Case, inputs: Inputs, gradients) -> dict[str, Tensor]:
             return function(same.x, state, same.weights, *options, False)
         return function(same.x, same.batch_sizes, state, same.weights, *options)
 
-    return _differentiate(layer, inputs, gradients)
+    return differentiate(layer, inputs, gradients)
 
 
 def four_results(case: Case, device="cpu", seed: int = 0):

@@ -45,6 +45,9 @@ def test_backward(name, options, device):
     op = layer_backward_op(name.removesuffix("_proj")).default
     check(op, arguments)
     check(op, (None, *arguments[1:-1], arguments[-1] & ~1))
+    if name.startswith("lstm"):
+        cells = arguments[-2]
+        check(op, (*arguments[:3], torch.ones_like(cells), *arguments[4:]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -161,9 +161,10 @@ def backward_arguments(cell, device, packed=False) -> dict:
     case = variant(cell, lengths=LENGTHS if packed else None, directions=2, **PADDED)
     inputs, gradients = make_inputs(case, device), make_gradients(case, device)
     y, _, _, gates, cells = layer_op(case.cell)(*inputs.arguments(), True)
-    names = ("dy", "dh_n", "dc_n", "x", "h0", "c0", "weights", "batch_sizes", "directions", "y", "gates", "cells")
-    values = (*gradients, *inputs.arguments(), y, gates, cells)
-    return {**dict(zip(names, values, strict=True)), "needs": needs_of(inputs)}
+    dcells = torch.ones_like(cells) if case.cell == "lstm" else None
+    names = ("dy", "dh_n", "dc_n", "dcells", "x", "h0", "c0", "weights", "batch_sizes", "directions")
+    arguments = dict(zip(names, (*gradients[:3], dcells, *inputs.arguments()), strict=True))
+    return {**arguments, "y": y, "gates": gates, "cells": cells, "needs": needs_of(inputs)}
 
 
 def call_backward(cell, arguments):
@@ -176,7 +177,7 @@ def test_backward_of_what_does_not_fit(cell, packed, device):
     arguments = backward_arguments(cell, device, packed)
     call_backward(cell, arguments)
     has_c = cell.startswith("lstm")
-    for name in ["dy", "dh_n", "y", "gates", "x", "h0", *(["dc_n", "cells", "c0"] if has_c else [])]:
+    for name in ["dy", "dh_n", "y", "gates", "x", "h0", *(["dc_n", "dcells", "cells", "c0"] if has_c else [])]:
         if name == "gates" and cell.startswith("rnn"):
             continue  # nothing is read from it
         for wrong in wrong_shapes(arguments[name]):
@@ -192,6 +193,8 @@ def test_backward_of_what_does_not_fit(cell, packed, device):
     if not has_c:
         with pytest.raises(RuntimeError, match="dc_n"):
             call_backward(cell, {**arguments, "dc_n": arguments["dh_n"]})
+        with pytest.raises(RuntimeError, match="dcells"):
+            call_backward(cell, {**arguments, "dcells": arguments["dh_n"]})
 
 
 @pytest.mark.parametrize("cell", CELLS)

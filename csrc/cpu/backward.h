@@ -181,6 +181,7 @@ class BackwardPass {
       const S* gates = Cell::saved ? p_.gates.at(shape_, t, b) : nullptr;
       const A* c = Cell::has_c ? p_.cells.at(shape_, t, b) : nullptr;
       const A* c_prev = !Cell::has_c ? nullptr : b < carried ? p_.cells.at(shape_, before, b) : c0_ + b * H;
+      const A* dcells = p_.dcells.data ? p_.dcells.at(shape_, t, b) : nullptr;
       const S* h = p_.y.at(shape_, t, b);
       const S* h_prev = h_before(before, b, carried);
       S* dgates = drh(s, b);
@@ -201,6 +202,7 @@ class BackwardPass {
             prev.c = load(c_prev + unit, valid);
             state.c = load(c + unit, valid);
             d.c = load(dc_ + b * H + unit, valid);
+            if (dcells) d.c += load(dcells + unit, valid);
           }
           d.h = load(dh + i * width + v * w);
           const State<V> dprev = Cell::backward(saved, prev, state, d, dwx, drh);

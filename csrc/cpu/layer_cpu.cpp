@@ -123,7 +123,7 @@ ForwardResult forward(const Layer& l, const Tensor& x_, const MaybeTensor& h0_, 
 
 // The upstream gradients and the results of forward, as backward gets them.
 struct BackwardArguments {
-  MaybeTensor dy, dh_n, dc_n;
+  MaybeTensor dy, dh_n, dc_n, dcells;
   Tensor x;
   MaybeTensor h0, c0;
   std::vector<Tensor> weights;
@@ -134,7 +134,8 @@ template <class Cell, class S>
 BackwardResult backward(const Layer& l, const BackwardArguments& a, int64_t needs) {
   const Tensor x = dense_columns(a.x), y = dense(a.y), gates = dense(a.gates), cells = dense(a.cells);
   const MaybeTensor dy = a.dy ? MaybeTensor(dense_columns(*a.dy)) : a.dy;
-  const MaybeTensor dh_n = dense(a.dh_n), dc_n = dense(a.dc_n), h0 = dense(a.h0), c0 = dense(a.c0);
+  const MaybeTensor dh_n = dense(a.dh_n), dc_n = dense(a.dc_n), dcells = dense(a.dcells);
+  const MaybeTensor h0 = dense(a.h0), c0 = dense(a.c0);
   const std::vector<Tensor> weights = dense(a.weights);
   const auto result = [&](int64_t bit, const std::vector<int64_t>& shape) {
     return empty(needs & bit ? shape : std::vector<int64_t>{0}, l.dtype);
@@ -170,6 +171,7 @@ BackwardResult backward(const Layer& l, const BackwardArguments& a, int64_t need
             .dy = dy ? strided_rows<S>(l, *dy) : Rows<const S>{},
             .dh_n = offset(data<const S>(dh_n), d * l.N * l.P),
             .dc_n = offset(data<const S>(dc_n), d * l.N * l.H),
+            .dcells = {offset(data<const Acc<S>>(dcells), d * l.H), D * l.H},
             .x = strided_rows<S>(l, x),
             .y = {data<const S>(y) + d * l.P, D * l.P},
             .gates = {data<const S>(gates) + d * l.saved * l.H, D * l.saved * l.H},
@@ -215,20 +217,20 @@ ForwardResult forward_op(const Tensor& x, const MaybeTensor& h0, const MaybeTens
 }
 
 template <class Cell>
-BackwardResult backward_op(const MaybeTensor& dy, const MaybeTensor& dh_n, const MaybeTensor& dc_n, const Tensor& x,
-                           const MaybeTensor& h0, const MaybeTensor& c0, const std::vector<Tensor>& weights,
-                           const MaybeTensor& batch_sizes, int64_t directions, const Tensor& y, const Tensor& gates,
-                           const Tensor& cells, int64_t needs) {
+BackwardResult backward_op(const MaybeTensor& dy, const MaybeTensor& dh_n, const MaybeTensor& dc_n,
+                           const MaybeTensor& dcells, const Tensor& x, const MaybeTensor& h0, const MaybeTensor& c0,
+                           const std::vector<Tensor>& weights, const MaybeTensor& batch_sizes, int64_t directions,
+                           const Tensor& y, const Tensor& gates, const Tensor& cells, int64_t needs) {
   Layer l = Layer::of<Cell>(x, h0, c0, weights, batch_sizes, directions);
-  l.check_backward(dy, dh_n, dc_n, y, gates, cells);
-  const BackwardArguments a{dy, dh_n, dc_n, x, h0, c0, weights, y, gates, cells};
+  l.check_backward(dy, dh_n, dc_n, dcells, y, gates, cells);
+  const BackwardArguments a{dy, dh_n, dc_n, dcells, x, h0, c0, weights, y, gates, cells};
   if (l.dtype == ScalarType::Double) return backward<Cell, double>(l, a, needs);
   if (l.dtype == ScalarType::BFloat16) return backward<Cell, bf16>(l, a, needs);
   if (l.dtype == ScalarType::Float) return backward<Cell, float>(l, a, needs);
   l.dtype = ScalarType::Float;
   const auto f = [&](const auto& t) { return cast(t, l.dtype); };
-  const auto [dx, dh0, dc0, dweights] =
-      backward<Cell, float>(l, {f(dy), f(dh_n), f(dc_n), f(x), f(h0), f(c0), f(weights), f(y), f(gates), cells}, needs);
+  const auto [dx, dh0, dc0, dweights] = backward<Cell, float>(
+      l, {f(dy), f(dh_n), f(dc_n), dcells, f(x), f(h0), f(c0), f(weights), f(y), f(gates), cells}, needs);
   const ScalarType half = ScalarType::Half;
   return {cast(dx, half), cast(dh0, half), cast(dc0, half), cast(dweights, half)};
 }

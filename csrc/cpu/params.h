@@ -69,9 +69,10 @@ template <class S>
 struct Backward {
   Shape shape;
   Weights<S> weights;
-  Rows<const S> dy;  // [rows, P] or null data
-  const S* dh_n;     // [N, P] or null
-  const S* dc_n;     // [N, H] or null
+  Rows<const S> dy;           // [rows, P] or null data
+  const S* dh_n;              // [N, P] or null
+  const S* dc_n;              // [N, H] or null
+  Rows<const Acc<S>> dcells;  // [rows, H] or null data
   Rows<const S> x, y, gates;
   Rows<const Acc<S>> cells;
   const S* h0;
