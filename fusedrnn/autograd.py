@@ -1,22 +1,27 @@
 """Gradients of a layer: an autograd.Function over the ops, differentiable to any order.
 
 First derivatives always come from the kernels. The gradient of a gradient goes through the eager
-loops of :mod:`fusedrnn.reference`, whose own graph then serves every higher order.
+loops of :mod:`fusedrnn.reference`, whose own graph then serves every higher order, and so does
+forward-mode differentiation. :mod:`fusedrnn.vmap` maps all of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import Function
 
-from . import ops, reference
+from . import ops, reference, vmap
 
 _HALF = (torch.bfloat16, torch.float16)
 _FIXED = 7  # arguments of LayerBackward before dy: constants to its derivative
+_UPSTREAM = 4  # dy, dh_n, dc_n, dcells
 
 
 class _Function(Function):
@@ -52,10 +57,12 @@ class Layer(_Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         cell, directions, batch_sizes, every_c, x, h0, c0, *weights = inputs
         y, _, _, gates, cells = output
-        ctx.cell, ctx.directions = cell, directions
+        ctx.cell, ctx.directions, ctx.every_c = cell, directions, every_c
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*((gates,) if every_c else (gates, cells)))
         ctx.save_for_backward(batch_sizes, x, h0, c0, y, gates, cells, *weights)
+        if forward_ad._current_level >= 0:
+            ctx.save_for_forward(batch_sizes, x, h0, c0, y, gates, cells, *weights)
 
     @staticmethod
     def backward(ctx: Any, dy: Any, dh_n: Any, dc_n: Any, _: Any, dcells: Any) -> tuple[Any, ...]:
@@ -68,7 +75,23 @@ class Layer(_Function):
         call = LayerBackward.apply if differentiable else LayerBackward.forward
         # y and cells are detached: constants there, not a way back into this layer.
         fixed = (ctx.cell, ctx.directions, batch_sizes, y.detach(), gates, cells.detach(), ctx.needs_input_grad[4:])
-        return (None, None, None, None, *call(*fixed, dy, dh_n, dc_n, dcells, x, h0, c0, *weights))
+        arguments = (*fixed, dy, dh_n, dc_n, dcells, x, h0, c0, *weights)
+        if any([vmap.is_legacy(g) for g in (dy, dh_n, dc_n, dcells)]):
+            return (None, None, None, None, *vmap.legacy(partial(LayerBackward.mapped, call), arguments))
+        return (None, None, None, None, *call(*arguments))
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Any, ...]:
+        batch_sizes, x, h0, c0, _, _, _, *weights = ctx.saved_tensors
+        layer = _reference_layer(ctx.cell, ctx.directions, batch_sizes)
+        y, h_n, c_n, cells = _jvp(layer, (x, h0, c0, *weights), tangents[4:])
+        return y.to(x.dtype), h_n.to(x.dtype), c_n.to(x.dtype), None, cells if ctx.every_c else None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *arguments: Any) -> tuple[Any, Any]:
+        weights = (vmap.NOWHERE,) * (len(arguments) - 7)
+        places = (vmap.NOWHERE, vmap.NOWHERE, vmap.SIZES, vmap.NOWHERE, *vmap.STATES, *weights)
+        return vmap.rule(Layer.apply, info.batch_size, in_dims, arguments, places, (*vmap.STATES, *vmap.SAVED))
 
 
 class LayerBackward(_Function):
@@ -109,22 +132,70 @@ class LayerBackward(_Function):
         ctx.cell, ctx.directions, ctx.needs = cell, directions, needs
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(batch_sizes, *tensors)
+        if forward_ad._current_level >= 0:
+            ctx.save_for_forward(batch_sizes, *tensors)
 
     @staticmethod
     def backward(ctx: Any, *ggs: Tensor | None) -> tuple[Any, ...]:
         batch_sizes, *tensors = ctx.saved_tensors
-        with torch.enable_grad():
-            tensors = [_alias(t) for t in tensors]
-            dy, dh_n, dc_n, dcells, x, h0, c0, *weights = [_promote(t) for t in tensors]
-            layer = getattr(reference, ctx.cell)
-            outputs = layer(x, h0, c0, weights, batch_sizes, ctx.directions)
-            sources = [t for t, gg in zip(tensors[4:], ggs, strict=True) if gg is not None]
-            first = _vjp(outputs, (dy, dh_n, dc_n, dcells), sources, create_graph=True)
+        layer = _reference_layer(ctx.cell, ctx.directions, batch_sizes)
         needs = ctx.needs_input_grad[_FIXED:]
-        targets = [t for t, need in zip(tensors, needs, strict=True) if need]
-        ggs = tuple(gg for gg in ggs if gg is not None)
-        second = iter(_vjp(first, ggs, targets, create_graph=torch.is_grad_enabled()))
+        if any([t is not None and is_functorch_wrapped_tensor(t) for t in tensors]):
+            # Perhaps of a transform that has ended: then their history is not autograd's to see.
+            gradients, pull = torch.func.vjp(*_select(_reference_gradients(layer, ctx.needs), tensors, needs))
+            wanted = [gg for gg, need in zip(ggs, ctx.needs, strict=True) if need]
+            second = iter(pull(_zeros_for_none(wanted, gradients)))
+        else:
+            with torch.enable_grad():
+                tensors = [_alias(t) for t in tensors]
+                outputs = layer(*tensors[_UPSTREAM:])
+                sources = [t for t, gg in zip(tensors[_UPSTREAM:], ggs, strict=True) if gg is not None]
+                first = _vjp(outputs, [_promote(t) for t in tensors[:_UPSTREAM]], sources, create_graph=True)
+            targets = [t for t, need in zip(tensors, needs, strict=True) if need]
+            ggs = tuple(gg for gg in ggs if gg is not None)
+            second = iter(_vjp(first, ggs, targets, create_graph=torch.is_grad_enabled()))
         return (None,) * _FIXED + tuple(next(second) if need else None for need in needs)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Any, ...]:
+        batch_sizes, *tensors = ctx.saved_tensors
+        gradients = _reference_gradients(_reference_layer(ctx.cell, ctx.directions, batch_sizes), ctx.needs)
+        moved = iter(_jvp(gradients, tensors, tangents[_FIXED:]))
+        return tuple(next(moved) if need else None for need in ctx.needs)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *arguments: Any) -> tuple[Any, Any]:
+        return LayerBackward.mapped(LayerBackward.apply, info.batch_size, in_dims, *arguments)
+
+    @staticmethod
+    def mapped(call: Callable[..., Any], size: int, dims: Any, *arguments: Any) -> tuple[Any, Any]:
+        """The vmap rule, for ``call`` with the arguments of :meth:`forward`."""
+        needs = arguments[_FIXED - 1]
+        weights = (vmap.NOWHERE,) * len(needs[3:])
+        places = (vmap.NOWHERE, vmap.NOWHERE, vmap.SIZES, vmap.ROWS, *vmap.SAVED, *(vmap.NOWHERE,) * len(needs))
+        places = (*places, *vmap.UPSTREAM, *vmap.STATES, *weights)
+        results = (*vmap.STATES, *weights)
+        return vmap.rule(call, size, dims, arguments, places, results, one_by_one=any(needs[3:]))
+
+
+def _reference_layer(cell: str, directions: int, batch_sizes: Tensor | None) -> Callable[..., tuple[Tensor, ...]]:
+    """``(x, h0, c0, *weights) -> y, h_n, c_n, cells`` in eager loops, computed in float32 or better."""
+
+    def layer(*arguments: Tensor | None) -> tuple[Tensor, ...]:
+        x, h0, c0, *weights = map(_promote, arguments)
+        return getattr(reference, cell)(x, h0, c0, weights, batch_sizes, directions)
+
+    return layer
+
+
+def _reference_gradients(layer: Callable[..., tuple[Tensor, ...]], needs: Sequence[bool]) -> Callable[..., Any]:
+    """``(dy, dh_n, dc_n, dcells, x, h0, c0, *weights) ->`` the gradients that are needed."""
+
+    def gradients(*arguments: Tensor | None) -> tuple[Tensor, ...]:
+        outputs, pull = torch.func.vjp(*_select(layer, arguments[_UPSTREAM:], needs))
+        return pull(_zeros_for_none([_promote(t) for t in arguments[:_UPSTREAM]], outputs))
+
+    return gradients
 
 
 def _alias(t: Tensor | None) -> Tensor | None:
@@ -152,3 +223,30 @@ def _vjp(
         return [None] * len(inputs)
     used, gradients = zip(*pairs, strict=True)
     return torch.autograd.grad(used, inputs, gradients, create_graph=create_graph, allow_unused=True)
+
+
+def _select(function: Callable[..., Any], arguments: Sequence[Any], wanted: Sequence[bool]) -> tuple[Any, ...]:
+    """The function of the wanted arguments alone, the others fixed; and those arguments."""
+
+    def partly(*given: Any) -> Any:
+        rest = iter(given)
+        return function(*[next(rest) if want else a for a, want in zip(arguments, wanted, strict=True)])
+
+    return partly, *[a for a, want in zip(arguments, wanted, strict=True) if want]
+
+
+def _zeros_for_none(upstream: Sequence[Tensor | None], outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return tuple(torch.zeros_like(o) if g is None else g for g, o in zip(upstream, outputs, strict=True))
+
+
+def _jvp(function: Callable[..., Any], primals: Sequence[Tensor | None], tangents: Sequence[Any]) -> tuple[Tensor, ...]:
+    """The tangents of the function's results.
+
+    By two vjps, as torch does not nest forward mode: ``u -> J^T u`` is linear, and the transpose of
+    its derivative is J.
+    """
+    with forward_ad._set_fwd_grad_enabled(True):  # for a forward mode outside of this one
+        primals = [None if p is None else forward_ad.unpack_dual(p).primal for p in primals]
+        results, pull = torch.func.vjp(*_select(function, primals, [t is not None for t in tangents]))
+        _, push = torch.func.vjp(pull, tuple(map(torch.zeros_like, results)))
+        return push(tuple(t for t in tangents if t is not None))[0]

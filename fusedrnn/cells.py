@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import ops
 from .functional import ARGUMENT_ERRORS, States, autocast_enabled, in_torch_words, layer, pair, stack
@@ -52,7 +53,7 @@ class _Cell(torch.nn.RNNCellBase):
                 sizes = _batch_sizes(n)
             h0 = h[None]
             c0 = None if c is None else c[None]
-            if _is_grad_enabled():
+            if _is_grad_enabled() or forward_ad._current_level >= 0:
                 return layer(cell, x, h0, c0, self._weights(), sizes, 1)
             return _eager[cell](x, h0, c0, self._weights(), sizes, 1, False)
         return None

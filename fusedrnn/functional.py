@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence
 
 from . import ops
@@ -184,11 +185,15 @@ def layer(
     directions: int,
 ) -> tuple[Tensor, ...]:
     """One layer as the ops take it: ``y, h_n, c_n, ...``; saves nothing if no gradient is due."""
-    if torch.is_grad_enabled() and (
-        x.requires_grad
-        or any(w.requires_grad for w in weights)
-        or (h0 is not None and h0.requires_grad)
-        or (c0 is not None and c0.requires_grad)
+    if forward_ad._current_level >= 0 or (
+        torch.is_grad_enabled()
+        and (
+            x.requires_grad
+            or any(w.requires_grad for w in weights)
+            or (h0 is not None and h0.requires_grad)
+            or (c0 is not None and c0.requires_grad)
+            or torch._C._are_functorch_transforms_active()  # requires_grad doesn't tell of them
+        )
     ):
         return Layer.apply(cell, directions, batch_sizes, False, x, h0, c0, *weights)
     return ops.forward[cell](x, h0, c0, weights, batch_sizes, directions, False)

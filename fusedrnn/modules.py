@@ -13,6 +13,7 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence
 
 from . import ops
@@ -94,7 +95,7 @@ class _OneState(FusedBase):
                     directions = 2 if self.bidirectional else 1
                     cell = _CELL[self.mode]
                     weights = self._weights()
-                    if _is_grad_enabled():
+                    if _is_grad_enabled() or forward_ad._current_level >= 0:
                         result = layer(cell, x, hx, None, weights, None, directions)
                     else:
                         result = _eager[cell](x, hx, None, weights, None, directions, False)
@@ -268,7 +269,7 @@ class LSTM(FusedBase):
                     h0, c0 = pair(hx)
                     directions = 2 if self.bidirectional else 1
                     weights = self._weights()
-                    if _is_grad_enabled():
+                    if _is_grad_enabled() or forward_ad._current_level >= 0:
                         result = layer("lstm", x, h0, c0, weights, None, directions)
                     else:
                         result = _lstm(x, h0, c0, weights, None, directions, False)

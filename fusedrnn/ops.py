@@ -26,9 +26,12 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from . import vmap
 
 CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}  # G, rows of w_ih per hidden unit
@@ -121,6 +124,21 @@ def _fake_backward(
     return gradient(0, x), gradient(1, h0), gradient(2, c0), dweights
 
 
+def _vmap_forward(cell: str, info: Any, dims: Any, *arguments: Any) -> Any:
+    """The vmap rule of a forward op."""
+    weights = [vmap.NOWHERE] * len(arguments[3])
+    places = (*vmap.STATES, weights, vmap.SIZES, vmap.NOWHERE, vmap.NOWHERE)
+    return vmap.rule(forward[cell], info.batch_size, dims, arguments, places, (*vmap.STATES, *vmap.SAVED))
+
+
+def _vmap_backward(cell: str, info: Any, dims: Any, *arguments: Any) -> Any:
+    """The vmap rule of a backward op."""
+    weights = [vmap.NOWHERE] * len(arguments[7])
+    places = (*vmap.UPSTREAM, *vmap.STATES, weights, vmap.SIZES, vmap.NOWHERE, vmap.ROWS, *vmap.SAVED, vmap.NOWHERE)
+    one_by_one = arguments[-1] >> 3 != 0  # gradients of weights
+    return vmap.rule(backward[cell], info.batch_size, dims, arguments, places, (*vmap.STATES, *weights), one_by_one)
+
+
 _load()
 forward = {cell: getattr(torch.ops.fusedrnn, cell).default for cell in CELLS}
 eager = {cell: op._op for cell, op in forward.items()}  # without OpOverload's Python frame
@@ -128,3 +146,5 @@ backward = {cell: getattr(torch.ops.fusedrnn, f"{cell}_backward").default for ce
 for _cell in CELLS:
     torch.library.register_fake(f"fusedrnn::{_cell}", partial(_fake_forward, _cell))
     torch.library.register_fake(f"fusedrnn::{_cell}_backward", partial(_fake_backward, _cell))
+    torch.library.register_vmap(f"fusedrnn::{_cell}", partial(_vmap_forward, _cell))
+    torch.library.register_vmap(f"fusedrnn::{_cell}_backward", partial(_vmap_backward, _cell))

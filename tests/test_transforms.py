@@ -1,0 +1,330 @@
+"""torch.func's transforms, forward mode, batched gradients, and what else hooks into autograd, in float64."""
+
+import warnings
+
+import pytest
+import torch
+from conftest import assert_close_to_reference
+from helpers import VARIANTS, make_inputs, variant
+from test_gradients import MODULES, as_function, flat, make_modules
+from torch import nn
+from torch.autograd import forward_ad, functional, grad, gradcheck, gradgradcheck
+from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
+from torch.func import functional_call, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.func import grad as func_grad
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
+
+import fusedrnn
+from fusedrnn import reference
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SHAPE = {"T": 3, "N": 2, "I": 2, "H": 3, "dtype": torch.float64}
+KINDS = {
+    "padded": {},
+    "zerostate": {"states": False, "bias": False},
+    "packed_bidirectional": {"lengths": (3, 1), "directions": 2},
+}
+ENTRIES = 4  # of a mapped dimension
+
+
+def ours_and_reference(case, device):
+    """Two functions of the same tensors, x first, that give the same outputs; those tensors; how many aren't weights."""
+    inputs = make_inputs(case, device)
+    ours, tensors = as_function(case, inputs)
+    count = len(tensors) - len(inputs.weights)
+
+    def expected(x, *rest):
+        h0, c0 = (*rest[: count - 1], None, None)[:2]
+        layer = getattr(reference, case.cell)
+        outputs = layer(x, h0, c0, rest[count - 1 :], inputs.batch_sizes, inputs.directions)
+        return outputs[: 3 if case.cell == "lstm" else 2]
+
+    return ours, expected, [t.detach() for t in tensors], count
+
+
+def assert_same(found, expected, what=""):
+    found, expected = (dict(enumerate(tree_leaves(results))) for results in (found, expected))
+    assert_close_to_reference(found, None, expected, what=what)
+
+
+def scaled(t, dim=0):
+    """One more dimension of several multiples of a tensor."""
+    return torch.stack([t * (1 - 0.3 * k) for k in range(ENTRIES)], dim)
+
+
+def loss_of(f):
+    return lambda *tensors: sum(t.pow(3).sum() for t in f(*tensors))
+
+
+def mapped(f, tensors, which, transform=lambda f: f):
+    """vmap of the transformed function over some of its arguments."""
+    in_dims = tuple(0 if k in which else None for k in range(len(tensors)))
+    return vmap(transform(f), in_dims)(*[scaled(t) if k in which else t for k, t in enumerate(tensors)])
+
+
+def every(f, tensors):
+    return tuple(range(len(tensors)))
+
+
+TRANSFORMS = {
+    "vmap of the data": lambda f, ts, n: mapped(f, ts, range(n)),
+    "vmap of x": lambda f, ts, n: mapped(f, ts, [0]),
+    "vmap of the weights": lambda f, ts, n: mapped(f, ts, range(n, len(ts))),
+    "vmap of one weight": lambda f, ts, n: mapped(f, ts, [0, n + 1]),
+    "vmap of other dimensions": lambda f, ts, n: vmap(lambda x: f(x, *ts[1:]), -1, 1)(scaled(ts[0], -1)),
+    "vmap of vmap": lambda f, ts, n: vmap(vmap(lambda x: f(x, *ts[1:])))(scaled(scaled(ts[0]))),
+    "grad": lambda f, ts, n: func_grad(loss_of(f), every(f, ts))(*ts),
+    "vmap of grad": lambda f, ts, n: mapped(f, ts, range(n), lambda f: func_grad(loss_of(f), every(f, ts))),
+    "grad of vmap": lambda f, ts, n: func_grad(lambda *ts: mapped(loss_of(f), ts, [0]).sum(), every(f, ts))(*ts),
+    "vjp": lambda f, ts, n: vjp(f, *ts)[1](tuple(map(torch.ones_like, f(*ts)))),
+    "jvp": lambda f, ts, n: jvp(f, tuple(ts), tuple(t.sin() for t in ts)),
+    "jvp of x": lambda f, ts, n: jvp(lambda x: f(x, *ts[1:]), (ts[0],), (ts[0],)),
+    "jvp of vmap": lambda f, ts, n: jvp(lambda *ts: mapped(f, ts, range(n)), tuple(ts), tuple(ts)),
+    "jacrev": lambda f, ts, n: jacrev(f, every(f, ts))(*ts),
+    "jacfwd": lambda f, ts, n: jacfwd(f, every(f, ts))(*ts),
+    "hessian": lambda f, ts, n: hessian(loss_of(f), (0, n))(*ts),
+    "jacrev of jacrev": lambda f, ts, n: jacrev(jacrev(loss_of(f), (0, n)), (0, n + 1))(*ts),
+    "jacrev of jacfwd": lambda f, ts, n: jacrev(jacfwd(loss_of(f)))(*ts),
+    "jacfwd of jacfwd": lambda f, ts, n: jacfwd(jacfwd(loss_of(f)))(*ts),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_transforms(name, kind, transform, device):
+    ours, expected, tensors, count = ours_and_reference(variant(name, **SHAPE, **KINDS[kind]), device)
+    results = [TRANSFORMS[transform](f, tensors, count) for f in (ours, expected)]
+    assert_same(*results)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_transforms_without_gradients(name, device):
+    """Under no_grad vmap calls the ops themselves, and forward mode goes on."""
+    ours, expected, tensors, count = ours_and_reference(variant(name, **SHAPE), device)
+    for transform in ("vmap of the data", "vmap of the weights", "vmap of vmap", "jvp", "jvp of x"):
+        with torch.no_grad():
+            results = [TRANSFORMS[transform](f, tensors, count) for f in (ours, expected)]
+        assert_same(*results, what=transform)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_vmap_of_the_backward_op(name, device):
+    case = variant(name, **SHAPE)
+    inputs = make_inputs(case, device)
+    op, backward = (getattr(torch.ops.fusedrnn, case.cell + end) for end in ("", "_backward"))
+    y, h_n, c_n, gates, cells = op(*inputs.arguments(), True)
+    for needs in (0b11, 0b11001):  # dx and dh0; dx, dw_ih and dw_hh
+
+        def gradients(dy, needs=needs):
+            dx, dh0, _, dweights = backward(dy, None, None, None, *inputs.arguments(), y, gates, cells, needs)
+            return dx, dh0, dweights[:2]
+
+        found = vmap(gradients)(scaled(y))
+        for k in range(ENTRIES):
+            assert_same([t[k] for t in tree_leaves(found)], gradients(scaled(y)[k]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_gradcheck_forward_and_batched(name, kind, device):
+    case = variant(name, **SHAPE, **KINDS[kind])
+    run, tensors = as_function(case, make_inputs(case, device))
+    modes = {"check_forward_ad": True, "check_batched_grad": True, "check_batched_forward_grad": True}
+    assert gradcheck(run, tensors, **modes, fast_mode=kind != "zerostate")
+    modes = {"check_fwd_over_rev": True, "check_batched_grad": True}
+    assert gradgradcheck(run, tensors, **modes, fast_mode=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_jvp_dtypes(name, dtype, device):
+    """Tangents come in their tensors' dtype and are computed in float32."""
+    case = variant(name, **{**SHAPE, "dtype": dtype})
+    ours, expected, tensors, _ = ours_and_reference(case, device)
+    _, found = jvp(ours, tuple(tensors), tuple(tensors))
+    assert {t.dtype for t in found} == {dtype}
+    wide = tuple(t.double() for t in tensors)
+    assert_same(found, jvp(expected, wide, wide)[1])
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_batched_gradients(name, kind, create_graph, device):
+    """is_grads_batched, and through it once more."""
+    ours, expected, tensors, count = ours_and_reference(variant(name, **SHAPE, **KINDS[kind]), device)
+    for wanted in (slice(1), slice(count), slice(None)):
+        results = []
+        for f in (ours, expected):
+            leaves = [t.clone().requires_grad_() for t in tensors]
+            outputs = f(*leaves)
+            upstream = [scaled(o.detach()) for o in outputs]
+            options = {"is_grads_batched": True, "create_graph": create_graph}
+            found = grad(outputs, leaves[wanted], upstream, **options)
+            if create_graph:
+                found = grad(sum(t.pow(2).sum() for t in found), leaves)
+            results.append(found)
+        assert_same(*results)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_vectorized_jacobians(name, device):
+    ours, expected, tensors, _ = ours_and_reference(variant(name, **SHAPE), device)
+    for options in ({}, {"strategy": "forward-mode"}):
+        results = [functional.jacobian(f, tuple(tensors), vectorize=True, **options) for f in (ours, expected)]
+        assert_same(*results, what=str(options))
+    for options in ({}, {"outer_jacobian_strategy": "forward-mode"}):
+        results = [
+            functional.hessian(lambda x, f=f: loss_of(f)(x, *tensors[1:]), tensors[0], vectorize=True, **options)
+            for f in (ours, expected)
+        ]
+        assert_same(*results, what=str(options))
+
+
+# ---- modules -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, options", [*MODULES, ("LSTMCell", {}), ("GRUCell", {}), ("RNNCell", {})])
+def test_per_sample_gradients(name, options, device):
+    layers = {} if name.endswith("Cell") else {"num_layers": 2, "bidirectional": True}
+    module, _ = make_modules(name, input_size=3, hidden_size=4, dtype=torch.float64, device=device, **layers, **options)
+    parameters = {n: p.detach() for n, p in module.named_parameters()}
+    samples = torch.randn(ENTRIES, *([] if name.endswith("Cell") else [5]), 1, 3, dtype=torch.float64, device=device)
+
+    def loss(parameters, sample):
+        output = functional_call(module, parameters, sample)
+        return sum(t.pow(3).sum() for t in tree_leaves(output))
+
+    found = vmap(func_grad(loss), (None, 0))(parameters, samples)
+    for k, sample in enumerate(samples):
+        module.zero_grad()
+        loss(dict(module.named_parameters()), sample).backward()
+        assert_same([found[n][k] for n in parameters], [p.grad for p in module.parameters()])
+
+
+@pytest.mark.parametrize("name, options", MODULES)
+def test_ensemble(name, options, device):
+    """torch.func.stack_module_state: one call for several models, and its gradients."""
+    options = {"input_size": 3, "hidden_size": 4, "batch_first": True, "dtype": torch.float64, **options}
+    models = [make_modules(name, seed=k, **options)[0].to(device) for k in range(3)]
+    x = torch.randn(2, 5, 3, dtype=torch.float64, device=device)
+    parameters, buffers = torch.func.stack_module_state(models)
+    base = models[0]
+    outputs = vmap(lambda p, b: flat(functional_call(base, (p, b), x)))(parameters, buffers)
+    sum(t.pow(3).sum() for t in outputs).backward()
+    for k, model in enumerate(models):
+        expected = flat(model(x))
+        assert_same([t[k] for t in outputs], expected)
+        sum(t.pow(3).sum() for t in expected).backward()
+        assert_same([p.grad[k] for p in parameters.values()], [p.grad for p in model.parameters()])
+
+
+def test_dropout_of_mapped_entries(device):
+    """The mapped entries get masks of their own, or the same, as vmap is told."""
+    module = fusedrnn.GRU(3, 4, num_layers=2, dropout=0.5, device=device)
+    x = torch.randn(5, 2, 3, device=device).expand(ENTRIES, 5, 2, 3)
+    for randomness, distinct in (("different", ENTRIES), ("same", 1)):
+        y, _ = vmap(module, randomness=randomness)(x)
+        assert len({tuple(entry.flatten().tolist()) for entry in y}) == distinct
+
+
+@pytest.mark.parametrize("gradients", [torch.enable_grad, torch.no_grad])
+@pytest.mark.parametrize("name, options", [*MODULES, ("LSTMCell", {}), ("GRUCell", {}), ("RNNCell", {})])
+def test_dual_tensors(name, options, gradients, device):
+    """torch.autograd.forward_ad: the tangents are those of torch.func.jvp, whatever the grad mode."""
+    module, _ = make_modules(name, input_size=3, hidden_size=4, dtype=torch.float64, device=device, **options)
+    module.requires_grad_(False)
+    shape, states = ((2, 3), (2, 4)) if name.endswith("Cell") else ((5, 2, 3), (1, 2, options.get("proj_size", 4)))
+    x, h = (torch.randn(s, dtype=torch.float64, device=device) for s in (shape, states))
+    c = torch.randn(*states[:-1], 4, dtype=torch.float64, device=device)
+
+    def run(x):
+        return tree_leaves(module(x, (h, c) if name.startswith("LSTM") else h))
+
+    with gradients(), forward_ad.dual_level():
+        found = [forward_ad.unpack_dual(t).tangent for t in run(forward_ad.make_dual(x, x.sin()))]
+    small = 1e-6
+    expected = [(b - a) / (2 * small) for a, b in zip(run(x - small * x.sin()), run(x + small * x.sin()), strict=True)]
+    for one, other in zip(found, expected, strict=True):
+        assert torch.allclose(one, other, rtol=1e-7, atol=1e-8)
+
+
+# ---- what hooks into autograd ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name, options", MODULES)
+def test_gradients_are_the_same_bits(name, options, packed, device):
+    """Under checkpointing, hooks on saved tensors and anomaly detection."""
+    options = {"input_size": 3, "hidden_size": 4, "num_layers": 2, "bidirectional": True, **options}
+    module, _ = make_modules(name, **options)
+    module.to(device)
+    x = torch.randn(5, 2, 3, device=device)
+    if packed:
+        x = nn.utils.rnn.pack_padded_sequence(x, torch.tensor([5, 3])).data
+
+    def run(x):
+        sequence = nn.utils.rnn.PackedSequence(x, torch.tensor([2, 2, 2, 1, 1])) if packed else x
+        y, *states = flat(module(sequence))
+        return (y.data if packed else y, *states)
+
+    def gradients(run):
+        leaf = x.clone().requires_grad_()
+        leaves = [leaf, *module.parameters()]
+        module.zero_grad()
+        sum(t.sin().sum() for t in run(leaf)).backward()
+        return [t.grad for t in leaves]
+
+    def hooked(x):
+        with saved_tensors_hooks(lambda t: (t.device, t.cpu().clone()), lambda pair: pair[1].to(pair[0])):
+            return run(x)
+
+    def on_cpu(x):
+        with save_on_cpu():
+            return run(x)
+
+    def anomalous(x):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with torch.autograd.detect_anomaly():
+                return run(x)
+
+    ways = {
+        "checkpoint": lambda x: checkpoint(run, x, use_reentrant=False),
+        "reentrant checkpoint": lambda x: checkpoint(run, x, use_reentrant=True),
+        "hooks": hooked,
+        "save_on_cpu": on_cpu,
+        "anomaly": anomalous,
+    }
+    expected = gradients(run)
+    for way, f in ways.items():
+        assert all(torch.equal(a, b) for a, b in zip(gradients(f), expected, strict=True)), way
+
+
+@pytest.mark.parametrize("name, options", MODULES)
+def test_second_order_in_checkpoints_and_hooks(name, options, device):
+    module, _ = make_modules(name, input_size=3, hidden_size=4, dtype=torch.float64, device=device, **options)
+    leaves = [torch.randn(4, 2, 3, dtype=torch.float64, device=device, requires_grad=True), *module.parameters()]
+
+    def penalty(run):
+        loss = sum(t.pow(3).sum() for t in run(leaves[0]))
+        return grad(sum(g.pow(2).sum() for g in grad(loss, leaves, create_graph=True)), leaves)
+
+    expected = penalty(lambda x: flat(module(x)))
+    assert_same(penalty(lambda x: checkpoint(lambda x: flat(module(x)), x, use_reentrant=False)), expected)
+    with save_on_cpu():
+        assert_same(penalty(lambda x: flat(module(x))), expected)
+
+
+def test_anomaly_names_the_layer(device):
+    """A NaN gradient is found, and traced to the forward call."""
+    module = fusedrnn.LSTM(3, 4, device=device)
+    with torch.no_grad():
+        module.weight_hh_l0[0, 0] = torch.inf
+    with pytest.warns(UserWarning, match="Anomaly"), torch.autograd.detect_anomaly():
+        y, _ = module(torch.randn(5, 2, 3, device=device))
+        with pytest.raises(RuntimeError, match="'LayerBackward' returned nan"):
+            y.sum().backward()
