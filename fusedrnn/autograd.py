@@ -61,37 +61,31 @@ class Layer(_Function):
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*((gates,) if every_c else (gates, cells)))
         ctx.save_for_backward(batch_sizes, x, h0, c0, y, gates, cells, *weights)
-        if forward_ad._current_level >= 0:
-            ctx.save_for_forward(batch_sizes, x, h0, c0, y, gates, cells, *weights)
 
     @staticmethod
     def backward(ctx: Any, dy: Any, dh_n: Any, dc_n: Any, _: Any, dcells: Any) -> tuple[Any, ...]:
         if dy is None and dh_n is None and dc_n is None and dcells is None:
             return (None,) * len(ctx.needs_input_grad)
         batch_sizes, x, h0, c0, y, gates, cells, *weights = ctx.saved_tensors
+        # Compiled code gives a zero gradient to what has none.
         if ctx.cell != "lstm":
-            dc_n = None  # c_n is empty; compiled code gives it a zero gradient all the same
+            dc_n = None
+        if not ctx.every_c:
+            dcells = None
         differentiable = torch.is_grad_enabled()  # create_graph=True
-        call = LayerBackward.apply if differentiable else LayerBackward.forward
+        call = _apply_backward if differentiable else LayerBackward.forward
         # y and cells are detached: constants there, not a way back into this layer.
         fixed = (ctx.cell, ctx.directions, batch_sizes, y.detach(), gates, cells.detach(), ctx.needs_input_grad[4:])
         arguments = (*fixed, dy, dh_n, dc_n, dcells, x, h0, c0, *weights)
-        if any([vmap.is_legacy(g) for g in (dy, dh_n, dc_n, dcells)]):
+        if not torch.compiler.is_compiling() and vmap.is_legacy(dy, dh_n, dc_n, dcells):
             return (None, None, None, None, *vmap.legacy(partial(LayerBackward.mapped, call), arguments))
         return (None, None, None, None, *call(*arguments))
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> tuple[Any, ...]:
-        batch_sizes, x, h0, c0, _, _, _, *weights = ctx.saved_tensors
-        layer = _reference_layer(ctx.cell, ctx.directions, batch_sizes)
-        y, h_n, c_n, cells = _jvp(layer, (x, h0, c0, *weights), tangents[4:])
-        return y.to(x.dtype), h_n.to(x.dtype), c_n.to(x.dtype), None, cells if ctx.every_c else None
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *arguments: Any) -> tuple[Any, Any]:
         weights = (vmap.NOWHERE,) * (len(arguments) - 7)
         places = (vmap.NOWHERE, vmap.NOWHERE, vmap.SIZES, vmap.NOWHERE, *vmap.STATES, *weights)
-        return vmap.rule(Layer.apply, info.batch_size, in_dims, arguments, places, (*vmap.STATES, *vmap.SAVED))
+        return vmap.rule(apply, info.batch_size, in_dims, arguments, places, (*vmap.STATES, *vmap.SAVED))
 
 
 class LayerBackward(_Function):
@@ -132,17 +126,15 @@ class LayerBackward(_Function):
         ctx.cell, ctx.directions, ctx.needs = cell, directions, needs
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(batch_sizes, *tensors)
-        if forward_ad._current_level >= 0:
-            ctx.save_for_forward(batch_sizes, *tensors)
 
     @staticmethod
     def backward(ctx: Any, *ggs: Tensor | None) -> tuple[Any, ...]:
         batch_sizes, *tensors = ctx.saved_tensors
         layer = _reference_layer(ctx.cell, ctx.directions, batch_sizes)
         needs = ctx.needs_input_grad[_FIXED:]
-        if any([t is not None and is_functorch_wrapped_tensor(t) for t in tensors]):
+        if any(t is not None and is_functorch_wrapped_tensor(t) for t in tensors):
             # Perhaps of a transform that has ended: then their history is not autograd's to see.
-            gradients, pull = torch.func.vjp(*_select(_reference_gradients(layer, ctx.needs), tensors, needs))
+            gradients, pull = _pullback(_reference_gradients(layer, ctx.needs), tensors, needs)
             wanted = [gg for gg, need in zip(ggs, ctx.needs, strict=True) if need]
             second = iter(pull(_zeros_for_none(wanted, gradients)))
         else:
@@ -157,15 +149,8 @@ class LayerBackward(_Function):
         return (None,) * _FIXED + tuple(next(second) if need else None for need in needs)
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> tuple[Any, ...]:
-        batch_sizes, *tensors = ctx.saved_tensors
-        gradients = _reference_gradients(_reference_layer(ctx.cell, ctx.directions, batch_sizes), ctx.needs)
-        moved = iter(_jvp(gradients, tensors, tangents[_FIXED:]))
-        return tuple(next(moved) if need else None for need in ctx.needs)
-
-    @staticmethod
     def vmap(info: Any, in_dims: Any, *arguments: Any) -> tuple[Any, Any]:
-        return LayerBackward.mapped(LayerBackward.apply, info.batch_size, in_dims, *arguments)
+        return LayerBackward.mapped(_apply_backward, info.batch_size, in_dims, *arguments)
 
     @staticmethod
     def mapped(call: Callable[..., Any], size: int, dims: Any, *arguments: Any) -> tuple[Any, Any]:
@@ -176,6 +161,49 @@ class LayerBackward(_Function):
         places = (*places, *vmap.UPSTREAM, *vmap.STATES, *weights)
         results = (*vmap.STATES, *weights)
         return vmap.rule(call, size, dims, arguments, places, results, one_by_one=any(needs[3:]))
+
+
+class DualLayer(Layer):
+    """:class:`Layer` in forward mode; apart, as torch.compile refuses a Function that has a jvp."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        Layer.setup_context(ctx, inputs, output)
+        _, _, batch_sizes, _, *tensors = inputs
+        ctx.save_for_forward(batch_sizes, *tensors)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Any, ...]:
+        batch_sizes, x, *rest = ctx.saved_tensors
+        layer = _reference_layer(ctx.cell, ctx.directions, batch_sizes)
+        y, h_n, c_n, cells = _jvp(layer, (x, *rest), tangents[4:])
+        return y.to(x.dtype), h_n.to(x.dtype), c_n.to(x.dtype), None, cells if ctx.every_c else None
+
+
+class DualLayerBackward(LayerBackward):
+    """:class:`LayerBackward` in forward mode."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        LayerBackward.setup_context(ctx, inputs, output)
+        _, _, batch_sizes, _, _, _, _, *tensors = inputs
+        ctx.save_for_forward(batch_sizes, *tensors)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Any, ...]:
+        batch_sizes, *tensors = ctx.saved_tensors
+        gradients = _reference_gradients(_reference_layer(ctx.cell, ctx.directions, batch_sizes), ctx.needs)
+        moved = iter(_jvp(gradients, tensors, tangents[_FIXED:]))
+        return tuple(next(moved) if need else None for need in ctx.needs)
+
+
+def apply(*arguments: Any) -> tuple[Tensor, ...]:
+    """:class:`Layer`'s ``apply``, in forward mode :class:`DualLayer`'s."""
+    return (Layer if forward_ad._current_level < 0 else DualLayer).apply(*arguments)
+
+
+def _apply_backward(*arguments: Any) -> tuple[Tensor | None, ...]:
+    return (LayerBackward if forward_ad._current_level < 0 else DualLayerBackward).apply(*arguments)
 
 
 def _reference_layer(cell: str, directions: int, batch_sizes: Tensor | None) -> Callable[..., tuple[Tensor, ...]]:
@@ -192,7 +220,7 @@ def _reference_gradients(layer: Callable[..., tuple[Tensor, ...]], needs: Sequen
     """``(dy, dh_n, dc_n, dcells, x, h0, c0, *weights) ->`` the gradients that are needed."""
 
     def gradients(*arguments: Tensor | None) -> tuple[Tensor, ...]:
-        outputs, pull = torch.func.vjp(*_select(layer, arguments[_UPSTREAM:], needs))
+        outputs, pull = _pullback(layer, arguments[_UPSTREAM:], needs)
         return pull(_zeros_for_none([_promote(t) for t in arguments[:_UPSTREAM]], outputs))
 
     return gradients
@@ -225,14 +253,14 @@ def _vjp(
     return torch.autograd.grad(used, inputs, gradients, create_graph=create_graph, allow_unused=True)
 
 
-def _select(function: Callable[..., Any], arguments: Sequence[Any], wanted: Sequence[bool]) -> tuple[Any, ...]:
-    """The function of the wanted arguments alone, the others fixed; and those arguments."""
+def _pullback(function: Callable[..., Any], arguments: Sequence[Any], wanted: Sequence[bool]) -> Any:
+    """torch.func.vjp in the wanted arguments alone: the results, and cotangents -> gradients."""
 
     def partly(*given: Any) -> Any:
         rest = iter(given)
         return function(*[next(rest) if want else a for a, want in zip(arguments, wanted, strict=True)])
 
-    return partly, *[a for a, want in zip(arguments, wanted, strict=True) if want]
+    return torch.func.vjp(partly, *[a for a, want in zip(arguments, wanted, strict=True) if want])
 
 
 def _zeros_for_none(upstream: Sequence[Tensor | None], outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -247,6 +275,6 @@ def _jvp(function: Callable[..., Any], primals: Sequence[Tensor | None], tangent
     """
     with forward_ad._set_fwd_grad_enabled(True):  # for a forward mode outside of this one
         primals = [None if p is None else forward_ad.unpack_dual(p).primal for p in primals]
-        results, pull = torch.func.vjp(*_select(function, primals, [t is not None for t in tangents]))
-        _, push = torch.func.vjp(pull, tuple(map(torch.zeros_like, results)))
+        results, pull = _pullback(function, primals, [t is not None for t in tangents])
+        _, push = _pullback(pull, [tuple(map(torch.zeros_like, results))], [True])
         return push(tuple(t for t in tangents if t is not None))[0]

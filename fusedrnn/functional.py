@@ -18,8 +18,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence
 
-from . import ops
-from .autograd import Layer
+from . import autograd, ops
 
 States = tuple[Tensor, ...]  # (h,) or (h, c)
 
@@ -195,7 +194,7 @@ def layer(
             or torch._C._are_functorch_transforms_active()  # requires_grad doesn't tell of them
         )
     ):
-        return Layer.apply(cell, directions, batch_sizes, False, x, h0, c0, *weights)
+        return autograd.apply(cell, directions, batch_sizes, False, x, h0, c0, *weights)
     return ops.forward[cell](x, h0, c0, weights, batch_sizes, directions, False)
 
 

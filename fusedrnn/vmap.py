@@ -92,9 +92,9 @@ def legacy(mapped_call: Callable[..., Any], arguments: Sequence[Any]) -> Any:
     return tree_map(lambda r, d: r if d is None else torch._add_batch_dim(r, d, level), results, result_dims)
 
 
-def is_legacy(argument: Any) -> bool:
-    """Whether it is mapped by that vmap."""
-    return isinstance(argument, Tensor) and is_legacy_batchedtensor(argument)
+def is_legacy(*arguments: Any) -> bool:
+    """Whether any of them is mapped by that vmap."""
+    return any(isinstance(a, Tensor) and is_legacy_batchedtensor(a) for a in arguments)
 
 
 def _legacy_level(t: Tensor) -> int:

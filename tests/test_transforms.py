@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 import fusedrnn
-from fusedrnn import reference
+from fusedrnn import autograd, reference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -30,7 +30,7 @@ ENTRIES = 4  # of a mapped dimension
 
 
 def ours_and_reference(case, device):
-    """Two functions of the same tensors, x first, that give the same outputs; those tensors; how many aren't weights."""
+    """Two functions of the same tensors, x first, that give the same outputs; the tensors; how many aren't weights."""
     inputs = make_inputs(case, device)
     ours, tensors = as_function(case, inputs)
     count = len(tensors) - len(inputs.weights)
@@ -110,12 +110,32 @@ def test_transforms_without_gradients(name, device):
         assert_same(*results, what=transform)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["lstm", "lstm_proj"])
+def test_transforms_of_every_c(name, kind, device):
+    case = variant(name, **SHAPE, **KINDS[kind])
+    inputs = make_inputs(case, device)
+    sizes, directions = inputs.batch_sizes, inputs.directions
+
+    def ours(*tensors):
+        y, _, _, _, cells = autograd.apply("lstm", directions, sizes, True, tensors[0], None, None, *tensors[1:])
+        return y, cells
+
+    def expected(*tensors):
+        y, _, _, cells = reference.lstm(tensors[0], None, None, tensors[1:], sizes, directions)
+        return y, cells
+
+    for transform in ("vmap of x", "vmap of the weights", "grad of vmap", "jvp", "jacrev", "jacfwd", "hessian"):
+        results = [TRANSFORMS[transform](f, [inputs.x, *inputs.weights], 1) for f in (ours, expected)]
+        assert_same(*results, what=transform)
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_vmap_of_the_backward_op(name, device):
     case = variant(name, **SHAPE)
     inputs = make_inputs(case, device)
     op, backward = (getattr(torch.ops.fusedrnn, case.cell + end) for end in ("", "_backward"))
-    y, h_n, c_n, gates, cells = op(*inputs.arguments(), True)
+    y, _, _, gates, cells = op(*inputs.arguments(), True)
     for needs in (0b11, 0b11001):  # dx and dh0; dx, dw_ih and dw_hh
 
         def gradients(dy, needs=needs):
