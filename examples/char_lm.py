@@ -8,6 +8,9 @@ The text is cut into `--batch` streams that are read side by side, `--seq` chara
 state at the end of a step is the next step's first state, but gradients stop there (truncated
 backpropagation through time). Losses are in bits per character: how many yes/no questions the
 next character costs on average.
+
+At the defaults it reaches 1.81 bits per character on text it has not read; a model that knows only
+how frequent each character is needs 4.49.
 """
 
 from __future__ import annotations
@@ -24,11 +27,12 @@ from common import (
     HERE,
     detached,
     example_parser,
+    implementation,
+    new_figure,
     positive_float,
     positive_int,
-    progress_bar,
-    recurrent_layer,
-    save_curves,
+    progress,
+    save,
 )
 from torch import Tensor, nn
 
@@ -72,7 +76,7 @@ class Trainer:
 
     def __init__(self, impl: str, args: argparse.Namespace, train: Tensor, valid: Tensor, n_chars: int) -> None:
         torch.manual_seed(args.seed)  # the same seed gives both implementations the same weights
-        layer = recurrent_layer(impl, args.cell)
+        layer = getattr(implementation(impl), CELLS[args.cell])
         self.model = CharLM(layer, n_chars, args.hidden, args.layers).to(args.device)
         self.optimizer = torch.optim.Adam(self.model.parameters(), args.lr)
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, args.steps)
@@ -174,14 +178,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def train_all(trainers: dict[str, Trainer], steps: int) -> None:
     """Trains side by side, so that what else the machine does slows all of them alike."""
     every = max(1, steps // VALID_TIMES)
-    with progress_bar() as bar:
-        task = bar.add_task("training", total=steps, status="")
-        for step in range(1, steps + 1):
-            losses = [f"{name} {trainer.step():.2f}" for name, trainer in trainers.items()]
-            if step % every == 0 or step == steps:
-                valid = [trainer.validate() for trainer in trainers.values()][-1]
-                bar.update(task, status=f"{', '.join(losses)}, validation {valid:.2f}")
-            bar.advance(task)
+    bar = progress(steps)
+    for step in bar:
+        losses = {name: trainer.step() for name, trainer in trainers.items()}
+        if (step + 1) % every == 0 or step + 1 == steps:
+            valid = [trainer.validate() for trainer in trainers.values()][-1]
+            bar.set_postfix(losses, validation=valid, refresh=False)
 
 
 def compare(torch_run: dict, our_run: dict) -> dict:
@@ -194,16 +196,14 @@ def compare(torch_run: dict, our_run: dict) -> dict:
 
 
 def plot(args: argparse.Namespace, trainers: dict[str, Trainer], unigram: float) -> None:
-    curves: dict[str, tuple] = {}
-    for i, (name, trainer) in enumerate(trainers.items()):
-        steps, valid = zip(*trainer.valid_curve, strict=True)
-        line = {"color": f"C{i}", "lw": 0.5}
-        dots = {"color": f"C{i}", "marker": "o", "ms": 9 - 5 * i, "ls": "-" if i == 0 else ":"}
-        curves[f"{name}, training"] = (range(1, args.steps + 1), trainer.losses, line)
-        curves[f"{name}, validation"] = (steps, valid, dots)
-    curves["unigram model"] = ([1, args.steps], [unigram, unigram], {"color": "gray", "ls": "--"})
     title = f"Character-level {args.cell.upper()}, hidden size {args.hidden}"
-    save_curves(args.out, curves, title, "training step", "bits per character")
+    figure, axes = new_figure(title=title, xlabel="training step", ylabel="bits per character")
+    for i, (name, trainer) in enumerate(trainers.items()):
+        axes.plot(trainer.losses, f"C{i}", lw=0.5, label=f"{name}, training")
+        dots = {"marker": "o", "ms": 9 - 5 * i, "ls": "-" if i == 0 else ":"}
+        axes.plot(*zip(*trainer.valid_curve, strict=True), color=f"C{i}", label=f"{name}, validation", **dots)
+    axes.axhline(unigram, color="gray", ls="--", label="unigram model")
+    save(figure, args.plot)
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -224,7 +224,7 @@ def main(argv: list[str] | None = None) -> dict:
     print(f"{args.cell}, {parameters:,} parameters, {args.device}, {torch.get_num_threads()} CPU threads")
     train_all(trainers, args.steps)
 
-    results: dict = {"unigram_bpc": unigram, "plot": str(args.out)}
+    results: dict = {"unigram_bpc": unigram, "plot": str(args.plot)}
     print(f"\n{'bits per character':20}{'train':>8}{'valid.':>8}{'chars/s':>10}{'seconds':>9}")
     print(f"{'unigram model':20}{'':8}{unigram:8.3f}")
     for name, trainer in trainers.items():
@@ -239,7 +239,8 @@ def main(argv: list[str] | None = None) -> dict:
         print(f"fusedrnn trains {results['speedup']:.2f}x as fast as torch.nn")
     print(f"\n{results[names[-1]]['sample']}\n")
     plot(args, trainers, unigram)
-    print(f"loss curve: {args.out}")
+    print(f"plot: {args.plot}")
+    print(f"result: {results[names[-1]]['valid_bpc']:.3f} bits per character (unigram model {unigram:.3f})")
     return results
 
 

@@ -1,14 +1,15 @@
-"""What the examples share: the usual options, a progress bar, and a plot of curves."""
+"""What the examples share: the usual options, a progress bar, the final line, and plots."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
-from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 MODULES = {"fusedrnn": "fusedrnn", "torch": "torch.nn"}
@@ -38,23 +39,31 @@ def device(text: str) -> torch.device:
         raise argparse.ArgumentTypeError(f"cannot use {text!r}: {reason}") from None
 
 
-def example_parser(description: str, name: str, steps: int) -> argparse.ArgumentParser:
+def example_parser(description: str, name: str, steps: int, steps_are: str = "training steps") -> Any:
     """A parser with the options that every example has."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--impl", choices=list(MODULES), default="fusedrnn", help="whose recurrent layer")
+    add("--impl", choices=list(MODULES), default="fusedrnn", help="whose recurrent layers")
     add("--device", type=device, default="cpu", help="cpu, cuda, cuda:1, ...")
     add("--threads", type=positive_int, help="CPU threads (default: PyTorch's choice)")
     add("--seed", type=int, default=0, help="the same seed gives the same run")
-    add("--steps", type=positive_int, default=steps, help="training steps")
-    add("--out", type=Path, default=HERE / "out" / f"{name}.png", help="where the plot goes")
+    add("--steps", type=positive_int, default=steps, help=steps_are)
+    add("--plot", type=Path, default=Path(f"{name}.png"), help="where the plot goes")
     return parser
 
 
-def recurrent_layer(impl: str, cell: str) -> Callable[..., torch.nn.RNNBase]:
-    """torch.nn.LSTM, fusedrnn.GRU, ..."""
+def start(args: argparse.Namespace) -> ModuleType:
+    """Sets the seed and the threads; gives the module whose LSTM, GRU and RNN the example uses."""
+    torch.manual_seed(args.seed)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    return implementation(args.impl)
+
+
+def implementation(impl: str) -> ModuleType:
+    """fusedrnn or torch.nn."""
     try:
-        return getattr(importlib.import_module(MODULES[impl]), CELLS[cell])
+        return importlib.import_module(MODULES[impl])
     except ModuleNotFoundError as error:
         if error.name != "fusedrnn":
             raise
@@ -62,32 +71,38 @@ def recurrent_layer(impl: str, cell: str) -> Callable[..., torch.nn.RNNBase]:
         raise SystemExit(f"fusedrnn is not installed: {hint}") from None
 
 
+def progress(steps: int, unit: str = "step") -> tqdm:
+    """A progress bar over range(steps); its set_postfix shows numbers beside it."""
+    return tqdm(range(steps), unit=unit, ncols=100)
+
+
 def detached(state):
     """The state (a tensor, or an LSTM's pair) cut from the graph of the steps that led to it."""
     return tuple(s.detach() for s in state) if isinstance(state, tuple) else state.detach()
 
 
-def progress_bar() -> Progress:
-    """Bar, count, time, and the task's `status`, in 80 columns."""
-    return Progress(
-        BarColumn(bar_width=16),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[status]}"),
-    )
+def finish(args: argparse.Namespace, figure: Any, **metrics: float) -> dict[str, float]:
+    """Saves the plot and prints the final line; gives the metrics."""
+    save(figure, args.plot)
+    print(f"plot: {args.plot}")
+    print("result: " + ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in metrics.items()))
+    return metrics
 
 
-def save_curves(path: Path, curves: dict[str, tuple], title: str, xlabel: str, ylabel: str) -> None:
-    """Draws each name's (x, y, matplotlib style) into one picture."""
+def new_figure(columns: int = 1, **axes: Any) -> tuple[Any, Any]:
+    """A matplotlib figure and its axes, one beside the other, without a window."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
+    figure = Figure(figsize=(7.5 if columns == 1 else 5.5 * columns, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot(title=title, xlabel=xlabel, ylabel=ylabel)
-    for name, (x, y, style) in curves.items():
-        axes.plot(x, y, label=name, **style)
-    axes.grid(alpha=0.3)
-    axes.legend()
+    return figure, figure.subplots(1, columns, subplot_kw=axes)
+
+
+def save(figure: Any, path: Path) -> None:
+    """Writes the figure, with a legend wherever curves have names."""
+    for axes in figure.axes:
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
