@@ -11,6 +11,7 @@ Derivatives of any order work; no gradient, no memory for one.
 from . import functional, ops, reference
 from .cells import GRUCell, LSTMCell, RNNCell
 from .convert import convert, patch
+from .migrate import convert_gru_weights, load_keras_weights, load_onnx_weights
 from .modules import GRU, LSTM, RNN
 
 __all__ = [
@@ -21,7 +22,10 @@ __all__ = [
     "LSTMCell",
     "RNNCell",
     "convert",
+    "convert_gru_weights",
     "functional",
+    "load_keras_weights",
+    "load_onnx_weights",
     "ops",
     "patch",
     "reference",
