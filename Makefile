@@ -13,13 +13,14 @@ CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*
 SANITIZERS = $(foreach name,asan stdc++,$(shell $(CXX) -print-file-name=lib$(name).so))
 TORCH_STAMP := $(VENV)/.torch-$(shell printf %s '$(TORCH)' | tr -c 'A-Za-z0-9.' _)
 
-.PHONY: help test bench lint format asan clean
+.PHONY: help test bench docs lint format asan clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make test     install everything in $(VENV) and run all tests   (ARGS='-k gru': pytest's arguments)"
 	@echo "make bench    install, time fusedrnn against its peers, train the demo   (BENCH=: the full benchmark)"
 	@echo "make lint     ruff, clang-format and mypy;  make format  lets the first two change the files"
+	@echo "make docs     draw the pictures and build the documentation: build/docs/index.html"
 	@echo "make asan     the kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make clean    remove $(VENV) and what was built"
 	@echo "PYTHON=$(PYTHON)  TORCH=$(TORCH)  VENV=$(VENV)"
@@ -36,7 +37,7 @@ $(TORCH_STAMP): | $(BIN)/python
 	touch $@
 
 # Each stamp is the package, built and installed editable, with one extra's dependencies.
-$(VENV)/.test $(VENV)/.bench $(VENV)/.dev: $(VENV)/.%: $(TORCH_STAMP) $(SOURCES)
+$(VENV)/.test $(VENV)/.bench $(VENV)/.dev $(VENV)/.docs: $(VENV)/.%: $(TORCH_STAMP) $(SOURCES)
 	$(PIP) install -e '.[$*]'
 	touch $@
 
@@ -46,6 +47,10 @@ test: $(VENV)/.test
 bench: $(VENV)/.bench
 	$(BIN)/python -m bench $(BENCH)
 	$(BIN)/python examples/char_lm.py
+
+docs: $(VENV)/.docs
+	$(BIN)/python -m docs.draw
+	$(BIN)/python -m sphinx -q -W --keep-going docs build/docs
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -12,6 +16,7 @@ from torch import nn
 import fusedrnn
 
 T, N, I, H = 6, 3, 4, 5
+ROOT = Path(__file__).resolve().parent.parent
 GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
 CLASSES = [(namespace, name) for namespace in (fusedrnn, nn) for name in GATES]
 every_class = pytest.mark.parametrize(("namespace", "name"), CLASSES)
@@ -97,8 +102,7 @@ def onnx_weights(gates, directions, bias=True):
     return [w.astype(np.float32) for w in (W, R, *([array(directions, 2 * gates * H)] if bias else []))]
 
 
-def onnx_run(name, x, weights, directions, **attributes):
-    """All h of a node: [T, N, D*H]."""
+def onnx_model(name, x, weights, directions, **attributes):
     names = ["W", "R", "B"][: len(weights)]
     node = helper.make_node(
         name,
@@ -115,7 +119,12 @@ def onnx_run(name, x, weights, directions, **attributes):
         [helper.make_tensor_value_info("Y", TensorProto.FLOAT, (T, directions, N, H))],
         [helper.make_tensor(n, TensorProto.FLOAT, w.shape, w.ravel()) for n, w in zip(names, weights, strict=True)],
     )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 14)], ir_version=8)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 14)], ir_version=8)
+
+
+def onnx_run(name, x, weights, directions, **attributes):
+    """All h of a node: [T, N, D*H]."""
+    model = onnx_model(name, x, weights, directions, **attributes)
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     (y,) = session.run(None, {"X": x})
     return y.transpose(0, 2, 1, 3).reshape(T, N, directions * H)
@@ -139,6 +148,19 @@ def test_onnx_relu():
     module = fusedrnn.load_onnx_weights(fusedrnn.RNN(I, H, nonlinearity="relu"), *weights)
     expected = onnx_run("RNN", x, weights, 1, activations=["Relu"])
     np.testing.assert_allclose(run(module, x), expected, rtol=2e-6, atol=2e-6)
+
+
+def test_onnx_as_documented(tmp_path, monkeypatch):
+    """The program in docs/migration.md."""
+    text = (ROOT / "docs" / "migration.md").read_text()
+    (program,) = (block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "model.onnx" in block)
+    weights, x = onnx_weights(3, 2), array(T, N, I).astype(np.float32)
+    monkeypatch.chdir(tmp_path)
+    onnx.save(onnx_model("GRU", x, weights, 2, linear_before_reset=1), "model.onnx")
+    found = {"fusedrnn": fusedrnn}
+    exec(program, found)
+    expected = onnx_run("GRU", x, weights, 2, linear_before_reset=1)
+    np.testing.assert_allclose(run(found["gru"], x), expected, atol=2e-6)
 
 
 def test_loading_into_another_dtype():
