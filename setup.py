@@ -74,7 +74,7 @@ def isa_of(source: Path) -> str:
 
 
 def cpu_sources() -> list[Path]:
-    found = [*Path("csrc").glob("*.cpp"), *Path("csrc/cpu").glob("*.cpp")]
+    found = [*Path("csrc").glob("*.cpp"), *Path("csrc/cpu").glob("*.cpp"), Path("csrc/cuda/plan.cpp")]
     return sorted(source for source in found if source.name != "module.cpp")
 
 
@@ -132,8 +132,12 @@ class Plan:
         found = {isa_of(source) for source in cpu_sources()}
         usable = [isa for isa, flags in ISAS.items() if isa in found and compiler.x86_64 and supports(compiler, flags)]
         self.isas = ["", *usable]
-        self.defines = [STABLE_ABI, *(f"-DFUSEDRNN_HAVE_{isa.upper()}" for isa in usable)]
-        self.torch_headers = ["-Icsrc", "-isystem", str(torch.folder / "include")]
+        self.defines = [
+            STABLE_ABI,
+            "-DFUSEDRNN_NAMESPACE=fusedrnn",
+            *(f"-DFUSEDRNN_HAVE_{isa.upper()}" for isa in usable),
+        ]
+        self.torch_headers = ["-isystem", str(torch.folder / "include")]
         # libstdc++ first: torch's libraries export copies of its templates, which another torch may not have.
         self.torch_libraries = [f"-L{torch.folder / 'lib'}", "-lstdc++", "-ltorch_cpu", "-ltorch", "-lc10"]
         sanitize = []
@@ -163,7 +167,13 @@ class Plan:
 
     def cuda_library(self, library: Path, nvcc: Nvcc) -> Path:
         words = [*nvcc.command, "-MMD", "-MF", "$out.d", "-c", "$in", "-o", "$out", *NVCC_FLAGS]
-        words += [*cuda_arch_flags(nvcc.archs), *self.defines, "-DUSE_CUDA", *self.torch_headers]
+        words += [
+            *cuda_arch_flags(nvcc.archs),
+            *self.defines,
+            "-DUSE_CUDA",
+            "-DFUSEDRNN_CUDA_KEY=CUDA",
+            *self.torch_headers,
+        ]
         rule = self.ninja.rule("nvcc", words)
         objects = [self.ninja.object(source, rule) for source in sorted(Path("csrc/cuda").glob("*.cu"))]
         # The CUDA runtime is linked in, so that the toolkit need not be the one torch was built with.

@@ -18,8 +18,11 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 
+// For the CUDA library, which has its own file.
+#define FUSEDRNN_EXPORT __attribute__((visibility("default")))
+
 // What an op's arguments say. Raises a RuntimeError that names the argument, what was expected and what came.
-struct Layer {
+struct FUSEDRNN_EXPORT Layer {
   int64_t T, N, I, H, P, rows;       // steps, batch, input size, hidden size, size of h per direction, rows of x
   int64_t directions, gates, saved;  // saved: slots of the gates tensor per unit
   int64_t weights_per_direction;

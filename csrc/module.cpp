@@ -6,6 +6,7 @@
 #include <string>
 
 #include "build_facts.h"  // written by setup.py
+#include "cuda/plan.h"
 
 namespace py = pybind11;
 
@@ -44,10 +45,31 @@ void set_cpu_capability(const std::string& name) {
   }
 }
 
+// The names are those of csrc/cuda/plan.h.
+py::dict cuda_plan(int64_t T, int64_t N, int64_t H, int64_t P, int directions, int gates, int64_t K, int64_t element,
+                   bool tensor_cores, bool projected, int64_t processors, int64_t shared_bytes) {
+  using namespace fusedrnn::cuda;
+  const Plan plan = make_plan({T, N, H, P, directions, gates, K, element, tensor_cores, projected},
+                              {processors, shared_bytes}, forced_plan());
+  py::dict d;
+  d["name"] = plan.name;
+  d["reason"] = plan.reason;
+  d["columns"] = tile_shapes[plan.shape].columns();
+  d["blocks"] = py::make_tuple(plan.blocks_x, plan.blocks_y, directions);
+  d["shared_bytes"] = plan.shared_bytes();
+  return d;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info, "What was built: version, compiler, torch's version, instruction sets, CUDA.");
   m.def("cpu_capability", &fusedrnn_cpu_capability, "The instruction set that the CPU kernels use.");
   m.def("set_cpu_capability", &set_cpu_capability, py::arg("name"), "Makes the CPU kernels use an instruction set.");
+  m.def("cuda_plan", &cuda_plan, py::kw_only(), py::arg("T"), py::arg("N"), py::arg("H"), py::arg("P"),
+        py::arg("directions"), py::arg("gates"), py::arg("K"), py::arg("element"), py::arg("tensor_cores"),
+        py::arg("projected"), py::arg("processors"), py::arg("shared_bytes"),
+        "How a layer's time loop would run on a GPU.");
+  m.def("forced_cuda_plan", &fusedrnn::cuda::forced_plan, "The plan that ops on a GPU are made to use, or ''.");
+  m.def("force_cuda_plan", &fusedrnn::cuda::force_plan, py::arg("name"), "Makes ops on a GPU use a plan; '': any.");
 }

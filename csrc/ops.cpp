@@ -3,15 +3,16 @@
 
 #include <string>
 
-STABLE_TORCH_LIBRARY(fusedrnn, m) {
+STABLE_TORCH_LIBRARY(FUSEDRNN_NAMESPACE, m) {
   for (const std::string cell : {"lstm", "gru", "rnn_tanh", "rnn_relu"}) {
-    m.def((cell + "(Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? batch_sizes, int directions, bool save)"
+    m.def((cell + "(Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? batch_sizes, int directions, bool save,"
+                  " bool tf32=False)"
                   " -> (Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)")
               .c_str());
-    m.def((cell +
-           "_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dcells, Tensor x, Tensor? h0, Tensor? c0,"
-           " Tensor[] weights, Tensor? batch_sizes, int directions, Tensor y, Tensor gates, Tensor cells, int needs)"
-           " -> (Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dweights)")
+    m.def((cell + "_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dcells, Tensor x, Tensor? h0, Tensor? c0,"
+                  " Tensor[] weights, Tensor? batch_sizes, int directions, Tensor y, Tensor gates, Tensor cells,"
+                  " int needs, bool tf32=False)"
+                  " -> (Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dweights)")
               .c_str());
   }
 }

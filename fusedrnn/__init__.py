@@ -13,6 +13,7 @@ from .cells import GRUCell, LSTMCell, RNNCell
 from .convert import convert, patch
 from .migrate import convert_gru_weights, load_keras_weights, load_onnx_weights
 from .modules import GRU, LSTM, RNN
+from .plan import use_plan
 
 __all__ = [
     "GRU",
@@ -29,5 +30,6 @@ __all__ = [
     "ops",
     "patch",
     "reference",
+    "use_plan",
 ]
 __version__ = "0.1.0"

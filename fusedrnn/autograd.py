@@ -51,7 +51,7 @@ class Layer(_Function):
         c0: Tensor | None,
         *weights: Tensor,
     ) -> tuple[Tensor, ...]:
-        return ops.forward[cell](x, h0, c0, weights, batch_sizes, directions, True)
+        return ops.forward[cell](x, h0, c0, weights, batch_sizes, directions, True, ops.tf32(x))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -115,7 +115,7 @@ class LayerBackward(_Function):
     ) -> tuple[Tensor | None, ...]:
         mask = sum([1 << bit for bit, need in enumerate(needs) if need])
         dx, dh0, dc0, dweights = ops.backward[cell](
-            dy, dh_n, dc_n, dcells, x, h0, c0, weights, batch_sizes, directions, y, gates, cells, mask
+            dy, dh_n, dc_n, dcells, x, h0, c0, weights, batch_sizes, directions, y, gates, cells, mask, ops.tf32(x)
         )
         gradients = (dx, dh0, dc0, *dweights)
         return tuple([g if need else None for g, need in zip(gradients, needs, strict=True)])

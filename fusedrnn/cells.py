@@ -55,7 +55,7 @@ class _Cell(torch.nn.RNNCellBase):
             c0 = None if c is None else c[None]
             if _is_grad_enabled() or forward_ad._current_level >= 0:
                 return layer(cell, x, h0, c0, self._weights(), sizes, 1)
-            return _eager[cell](x, h0, c0, self._weights(), sizes, 1, False)
+            return _eager[cell](x, h0, c0, self._weights(), sizes, 1, False, ops.tf32(x))
         return None
 
     def _step(self, cell: str, input: Tensor, states: States | None) -> States:

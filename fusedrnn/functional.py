@@ -195,7 +195,7 @@ def layer(
         )
     ):
         return autograd.apply(cell, directions, batch_sizes, False, x, h0, c0, *weights)
-    return ops.forward[cell](x, h0, c0, weights, batch_sizes, directions, False)
+    return ops.forward[cell](x, h0, c0, weights, batch_sizes, directions, False, ops.tf32(x))
 
 
 def network(

@@ -98,7 +98,7 @@ class _OneState(FusedBase):
                     if _is_grad_enabled() or forward_ad._current_level >= 0:
                         result = layer(cell, x, hx, None, weights, None, directions)
                     else:
-                        result = _eager[cell](x, hx, None, weights, None, directions, False)
+                        result = _eager[cell](x, hx, None, weights, None, directions, False, ops.tf32(x))
                     y = result[0]
                     return (y.transpose(0, 1) if self.batch_first else y), result[1]
             output, (h_n,) = self._network(input, hx)
@@ -272,7 +272,7 @@ class LSTM(FusedBase):
                     if _is_grad_enabled() or forward_ad._current_level >= 0:
                         result = layer("lstm", x, h0, c0, weights, None, directions)
                     else:
-                        result = _lstm(x, h0, c0, weights, None, directions, False)
+                        result = _lstm(x, h0, c0, weights, None, directions, False, ops.tf32(x))
                     y = result[0]
                     return (y.transpose(0, 1) if self.batch_first else y), (result[1], result[2])
             pair(hx)

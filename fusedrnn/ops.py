@@ -4,11 +4,12 @@ One op a cell, ``fusedrnn::{lstm,gru,rnn_tanh,rnn_relu}``, runs a whole layer in
 and one, ``fusedrnn::<cell>_backward``, gives its gradients::
 
     <cell>(Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? batch_sizes,
-           int directions, bool save)
+           int directions, bool save, bool tf32=False)
         -> (Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)
     <cell>_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dcells,
                     Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? batch_sizes,
-                    int directions, Tensor y, Tensor gates, Tensor cells, int needs)
+                    int directions, Tensor y, Tensor gates, Tensor cells, int needs,
+                    bool tf32=False)
         -> (Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dweights)
 
 The arguments up to ``batch_sizes`` are those of :func:`fusedrnn.reference.lstm`. With ``save`` the
@@ -16,7 +17,7 @@ forward op keeps what the backward op reads: ``gates [rows, D, S, H]``, the S ac
 each unit (S + 1 if h is projected: then o tanh(c)), and for the LSTM ``cells [rows, D, H]``, every
 c in float32 (float64 for float64); so is its gradient, ``dcells``. ``needs`` is a bit mask of the
 gradients asked for: 0 dx, 1 dh0, 2 dc0, 3 + i weight i. Whatever is not asked for or does not exist
-is an empty ``[0]`` tensor.
+is an empty ``[0]`` tensor. ``tf32`` lets a GPU multiply float32 numbers in TensorFloat-32: :func:`tf32`.
 """
 
 from __future__ import annotations
@@ -51,6 +52,17 @@ def _load() -> None:
         torch.ops.load_library(cuda)
 
 
+def tf32(x: Tensor) -> bool:
+    """Whether an op on ``x`` may multiply in TensorFloat-32: ``torch.backends.cudnn.rnn.fp32_precision``, as
+    torch.nn's RNNs on a GPU."""
+    return x.is_cuda and x.dtype is torch.float32 and _cudnn_rnn_precision() == "tf32"
+
+
+@torch.compiler.assume_constant_result
+def _cudnn_rnn_precision() -> str:
+    return torch.backends.cudnn.rnn.fp32_precision  # type: ignore[attr-defined]
+
+
 def _fake_forward(
     cell: str,
     x: Tensor,
@@ -60,6 +72,7 @@ def _fake_forward(
     batch_sizes: Tensor | None,
     directions: int,
     save: bool,
+    tf32: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     w_hh = weights[1]
     hidden, projected = w_hh.shape[0] // GATES[cell], w_hh.shape[1]
@@ -116,6 +129,7 @@ def _fake_backward(
     gates: Tensor,
     cells: Tensor,
     needs: int,
+    tf32: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     def gradient(bit: int, of: Tensor | None) -> Tensor:
         return x.new_empty(of.shape if of is not None and needs >> bit & 1 else (0,))
@@ -127,15 +141,17 @@ def _fake_backward(
 def _vmap_forward(cell: str, info: Any, dims: Any, *arguments: Any) -> Any:
     """The vmap rule of a forward op."""
     weights = [vmap.NOWHERE] * len(arguments[3])
-    places = (*vmap.STATES, weights, vmap.SIZES, vmap.NOWHERE, vmap.NOWHERE)
+    places: list[Any] = [*vmap.STATES, weights, vmap.SIZES]
+    places += [vmap.NOWHERE] * (len(arguments) - len(places))
     return vmap.rule(forward[cell], info.batch_size, dims, arguments, places, (*vmap.STATES, *vmap.SAVED))
 
 
 def _vmap_backward(cell: str, info: Any, dims: Any, *arguments: Any) -> Any:
     """The vmap rule of a backward op."""
     weights = [vmap.NOWHERE] * len(arguments[7])
-    places = (*vmap.UPSTREAM, *vmap.STATES, weights, vmap.SIZES, vmap.NOWHERE, vmap.ROWS, *vmap.SAVED, vmap.NOWHERE)
-    one_by_one = arguments[-1] >> 3 != 0  # gradients of weights
+    places: list[Any] = [*vmap.UPSTREAM, *vmap.STATES, weights, vmap.SIZES, vmap.NOWHERE, vmap.ROWS, *vmap.SAVED]
+    places += [vmap.NOWHERE] * (len(arguments) - len(places))
+    one_by_one = arguments[13] >> 3 != 0  # gradients of weights
     return vmap.rule(backward[cell], info.batch_size, dims, arguments, places, (*vmap.STATES, *weights), one_by_one)
 
 

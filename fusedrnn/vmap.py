@@ -42,7 +42,7 @@ def rule(
         one_by_one: whether something that has no batch differs from entry to entry.
     """
     flat, arguments_spec = tree_flatten(tuple(arguments))
-    dims, places = tree_flatten(dims)[0], tree_flatten(places)[0]
+    dims, places = tree_flatten(dims)[0], tree_flatten(tuple(places))[0]
     if one_by_one or any(d is not None and p in (NOWHERE, SIZES) for d, p in zip(dims, places, strict=True)):
         entries = []
         for k in range(size):

@@ -63,6 +63,13 @@ def assert_close_to_reference(ours, nn_result, float64_reference, nn_reference=N
 def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", help="device the suite runs on (cpu, cuda, cuda:1)")
     parser.addoption("--ops", default="fusedrnn", help="torch.library namespace whose layer ops are tested")
+    # Best a prime: the sample then meets every cell, dtype, shape and plan of a parametrised test.
+    parser.addoption("--every", type=int, default=1, help="run every n-th test only")
+
+
+def pytest_collection_modifyitems(config, items):
+    config.hook.pytest_deselected(items=[item for i, item in enumerate(items) if i % config.getoption("--every")])
+    items[:] = items[:: config.getoption("--every")]
 
 
 def pytest_configure(config):
@@ -71,10 +78,18 @@ def pytest_configure(config):
     helpers.NAMESPACE = config.getoption("--ops")
 
 
-def available_capabilities(config) -> list[str | None]:
-    """Instruction sets the op tests run under, highest first; [None] where the choice doesn't exist."""
-    if config.getoption("--device") != "cpu" or config.getoption("--ops") != "fusedrnn":
-        return [None]
+# How the CUDA kernels run, fastest first; each stands for itself and the slower ones where a shape is too large for it.
+CUDA_PLANS = ("grid", "loop", "stepwise")
+
+
+def on_cuda_kernels(config) -> bool:
+    return config.getoption("--device") != "cpu" or config.getoption("--ops") != "fusedrnn"
+
+
+def available_capabilities(config) -> list[str]:
+    """What the op tests run under: the processor's instruction sets, highest first, or the plans on a GPU."""
+    if on_cuda_kernels(config):
+        return list(CUDA_PLANS)
     from fusedrnn import _C
 
     highest = CPU_CAPABILITIES.index(_C.cpu_capability())
@@ -88,12 +103,14 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture
 def capability(request):
-    """Runs the test under one instruction set and gives its name."""
-    if request.param is None:
-        yield None
-        return
+    """Runs the test under one instruction set, or one plan, and gives its name."""
+    import fusedrnn
     from fusedrnn import _C
 
+    if on_cuda_kernels(request.config):
+        with fusedrnn.use_plan(request.param):
+            yield request.param
+        return
     before = _C.cpu_capability()
     _C.set_cpu_capability(request.param)
     assert _C.cpu_capability() == request.param

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import assert_close_to_reference
+from conftest import assert_close_to_reference, on_cuda_kernels
 from helpers import (
     DTYPES,
     VARIANTS,
@@ -44,7 +44,10 @@ def test_empty(name, dtype, T, N, states, device, capability):
 def test_one_of_everything(name, device, capability):
     for dtype in DTYPES:
         case = variant(name, T=1, N=1, I=1, H=1, dtype=dtype)
-        assert_close_to_reference(*four_results(case, device), what=str(case))
+        # One number's relative error is a matter of luck: many of them together.
+        runs = [four_results(case, device, seed) for seed in range(0, 40, 2)]
+        together = [{n: torch.cat([r[n] for r in way]) for n in way[0]} for way in zip(*runs, strict=True)]
+        assert_close_to_reference(*together, what=str(case))
 
 
 # ---- part of the gradients -----------------------------------------------------------------------
@@ -213,8 +216,8 @@ def test_same_bits_every_time(case, dtype, device, capability):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", SPLITS, ids=str)
-def test_same_bits_with_any_number_of_threads(case, dtype, device, capability):
-    if device.type != "cpu":
+def test_same_bits_with_any_number_of_threads(case, dtype, device, capability, request):
+    if on_cuda_kernels(request.config):
         pytest.skip("threads are the CPU's")
     case = case.but(dtype=dtype)
     inputs, gradients = make_inputs(case, device), make_gradients(case, device)

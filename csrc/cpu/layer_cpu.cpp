@@ -1,8 +1,7 @@
 // The ops on the CPU: allocation, and the arguments of the kernels for each direction.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
-#include "../layer.h"
+#include "../tensors.h"
 #include "kernels.h"
 #include "plan.h"
 #include "team.h"
@@ -22,40 +21,8 @@ constexpr CellKind kind_of() {
     return CellKind::rnn_relu;
 }
 
-Tensor empty(const std::vector<int64_t>& shape, ScalarType dtype) {
-  std::vector<int64_t> strides(shape.size());
-  int64_t stride = 1;
-  for (size_t i = shape.size(); i-- > 0; stride *= std::max<int64_t>(shape[i], 1)) strides[i] = stride;
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(int64_t(shape.size()), shape.data(), strides.data(),
-                               torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
-                               aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
-}
-
-Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
-MaybeTensor dense(const MaybeTensor& t) { return t ? MaybeTensor(dense(*t)) : t; }
-std::vector<Tensor> dense(std::vector<Tensor> ts) {
-  for (Tensor& t : ts) t = dense(t);
-  return ts;
-}
-
 // Rows may be strided, columns not.
 Tensor dense_columns(const Tensor& t) { return t.size(t.dim() - 1) <= 1 || t.stride(t.dim() - 1) == 1 ? t : dense(t); }
-
-template <class S>
-S* data(const Tensor& t) {
-  return static_cast<S*>(t.data_ptr());
-}
-template <class S>
-S* data(const MaybeTensor& t) {
-  return t ? data<S>(*t) : nullptr;
-}
-template <class S>
-S* offset(S* p, int64_t n) {
-  return p ? p + n : nullptr;
-}
 
 template <class S>
 Rows<const S> strided_rows(const Layer& l, const Tensor& t) {
@@ -87,19 +54,13 @@ ForwardResult forward(const Layer& l, const Tensor& x_, const MaybeTensor& h0_, 
   const MaybeTensor h0 = dense(h0_), c0 = dense(c0_);
   const std::vector<Tensor> weights = dense(weights_);
   const std::vector<int64_t> none{0};
-  const Tensor y = empty(l.y_shape(), l.dtype), h_n = empty(l.h_shape(), l.dtype);
-  const Tensor c_n = empty(l.has_c ? l.c_shape() : none, l.dtype);
-  const Tensor gates = empty(save ? l.gates_shape() : none, l.dtype);
-  const Tensor cells = empty(save && l.has_c ? l.cells_shape() : none, l.accumulator());
+  const Tensor y = empty(l.y_shape(), l.dtype, x), h_n = empty(l.h_shape(), l.dtype, x);
+  const Tensor c_n = empty(l.has_c ? l.c_shape() : none, l.dtype, x);
+  const Tensor gates = empty(save ? l.gates_shape() : none, l.dtype, x);
+  const Tensor cells = empty(save && l.has_c ? l.cells_shape() : none, l.accumulator(), x);
   if (l.rows == 0) {  // no step: the state stays as it was
-    const auto keep = [](Tensor to, const MaybeTensor& from) {
-      if (from)
-        torch::stable::copy_(to, *from);
-      else
-        torch::stable::zero_(to);
-    };
-    keep(h_n, h0);
-    if (l.has_c) keep(c_n, c0);
+    copy_or_zero(h_n, h0);
+    copy_or_zero(c_n, c0);
     return {y, h_n, c_n, gates, cells};
   }
   Forward<S> p[2];
@@ -138,7 +99,7 @@ BackwardResult backward(const Layer& l, const BackwardArguments& a, int64_t need
   const MaybeTensor h0 = dense(a.h0), c0 = dense(a.c0);
   const std::vector<Tensor> weights = dense(a.weights);
   const auto result = [&](int64_t bit, const std::vector<int64_t>& shape) {
-    return empty(needs & bit ? shape : std::vector<int64_t>{0}, l.dtype);
+    return empty(needs & bit ? shape : std::vector<int64_t>{0}, l.dtype, x);
   };
   const std::vector<int64_t> x_shape = {a.x.sizes().begin(), a.x.sizes().end()};
   const Tensor dx = result(need_dx, x_shape), dh0 = result(need_dh0, l.h_shape());
@@ -148,16 +109,9 @@ BackwardResult backward(const Layer& l, const BackwardArguments& a, int64_t need
     dweights.push_back(result(need_first_weight << i, {weights[i].sizes().begin(), weights[i].sizes().end()}));
   const auto wanted = [](const Tensor& t, bool need) { return need ? data<S>(t) : nullptr; };
   if (l.rows == 0) {
-    const auto keep = [](Tensor to, const MaybeTensor& from) {
-      if (to.numel() == 0) return;
-      if (from)
-        torch::stable::copy_(to, *from);
-      else
-        torch::stable::zero_(to);
-    };
-    keep(dh0, dh_n);
-    keep(dc0, dc_n);
-    for (Tensor& t : dweights) torch::stable::zero_(t);
+    copy_or_zero(dh0, dh_n);
+    copy_or_zero(dc0, dc_n);
+    for (const Tensor& t : dweights) copy_or_zero(t, {});
     return {dx, dh0, dc0, dweights};
   }
   Backward<S> p[2];
@@ -204,7 +158,7 @@ std::vector<Tensor> cast(std::vector<Tensor> ts, ScalarType dtype) {
 template <class Cell>
 ForwardResult forward_op(const Tensor& x, const MaybeTensor& h0, const MaybeTensor& c0,
                          const std::vector<Tensor>& weights, const MaybeTensor& batch_sizes, int64_t directions,
-                         bool save) {
+                         bool save, bool /*tf32*/) {
   Layer l = Layer::of<Cell>(x, h0, c0, weights, batch_sizes, directions);
   if (l.dtype == ScalarType::Double) return forward<Cell, double>(l, x, h0, c0, weights, save);
   if (l.dtype == ScalarType::BFloat16) return forward<Cell, bf16>(l, x, h0, c0, weights, save);
@@ -220,7 +174,7 @@ template <class Cell>
 BackwardResult backward_op(const MaybeTensor& dy, const MaybeTensor& dh_n, const MaybeTensor& dc_n,
                            const MaybeTensor& dcells, const Tensor& x, const MaybeTensor& h0, const MaybeTensor& c0,
                            const std::vector<Tensor>& weights, const MaybeTensor& batch_sizes, int64_t directions,
-                           const Tensor& y, const Tensor& gates, const Tensor& cells, int64_t needs) {
+                           const Tensor& y, const Tensor& gates, const Tensor& cells, int64_t needs, bool /*tf32*/) {
   Layer l = Layer::of<Cell>(x, h0, c0, weights, batch_sizes, directions);
   l.check_backward(dy, dh_n, dc_n, dcells, y, gates, cells);
   const BackwardArguments a{dy, dh_n, dc_n, dcells, x, h0, c0, weights, y, gates, cells};

@@ -1,0 +1,221 @@
+// The device operations that the kernels are written with, by name. This is the whole of CUDA that a kernel sees, so
+// that another implementation of it (tests/cuda_host/device_host.h) runs the same kernels on a CPU.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+namespace fusedrnn::cuda {
+
+struct bf16 {
+  uint16_t bits;
+};
+struct half {
+  uint16_t bits;
+};
+
+// The type that a storage type S computes and accumulates in.
+template <class S>
+using Accumulator = std::conditional_t<std::is_same_v<S, double>, double, float>;
+
+constexpr int warp_size = 32;
+
+struct Grid {
+  unsigned x = 1, y = 1, z = 1;
+  int64_t blocks() const { return int64_t(x) * y * z; }
+};
+
+// What plan.h needs to know of a device.
+struct Device {
+  int processors;        // streaming multiprocessors
+  int64_t shared_bytes;  // shared memory that one block can have
+};
+
+// How a kernel is launched: one block of `threads` threads for each index of the grid.
+struct Launch {
+  Grid grid;
+  int threads;
+  size_t shared_bytes = 0;
+  bool cooperative = false;  // all blocks run at the same time, or the launch fails
+};
+
+// 16 bytes, what one thread loads at a time.
+struct alignas(16) Vector {
+  uint32_t word[4];
+};
+
+}  // namespace fusedrnn::cuda
+
+#if defined(__CUDACC__)
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include <stdexcept>
+#include <string>
+
+#define FUSEDRNN_DEVICE __device__ __forceinline__
+#define FUSEDRNN_KERNEL(threads) __global__ void __launch_bounds__(threads)
+
+namespace fusedrnn::cuda {
+
+// ---- inside a kernel
+// -------------------------------------------------------------------------------------------------
+
+FUSEDRNN_DEVICE int thread_index() { return int(threadIdx.x); }
+FUSEDRNN_DEVICE int block_threads() { return int(blockDim.x); }
+FUSEDRNN_DEVICE Grid block_index() { return {blockIdx.x, blockIdx.y, blockIdx.z}; }
+FUSEDRNN_DEVICE Grid grid_size() { return {gridDim.x, gridDim.y, gridDim.z}; }
+
+// All threads of the block meet; what any of them wrote before is seen by all.
+FUSEDRNN_DEVICE void sync_block() { __syncthreads(); }
+
+// The block's shared memory, Launch::shared_bytes of it.
+FUSEDRNN_DEVICE unsigned char* shared_memory() {
+  extern __shared__ __align__(16) unsigned char memory[];
+  return memory;
+}
+
+FUSEDRNN_DEVICE Vector load(const void* p) {
+  const uint4 v = *static_cast<const uint4*>(p);
+  return {v.x, v.y, v.z, v.w};
+}
+// From L2, where other blocks' stores arrive: for what is written while the kernel runs.
+FUSEDRNN_DEVICE Vector load_l2(const void* p) {
+  const uint4 v = __ldcg(static_cast<const uint4*>(p));
+  return {v.x, v.y, v.z, v.w};
+}
+
+// Adds 1 to the counter; whoever waits for it sees all that this thread wrote or saw (by sync_block) before.
+FUSEDRNN_DEVICE void signal(uint32_t* counter) {
+  asm volatile("fence.acq_rel.gpu;\n\tred.relaxed.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
+}
+// Until the counter has reached the target (modulo 2^32).
+FUSEDRNN_DEVICE void wait_for(const uint32_t* counter, uint32_t target) {
+  uint32_t value;
+  do {
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
+  } while (int32_t(value - target) < 0);
+}
+
+FUSEDRNN_DEVICE float widen(bf16 s) { return __uint_as_float(uint32_t(s.bits) << 16); }
+FUSEDRNN_DEVICE float widen(half s) { return __half2float(__ushort_as_half(s.bits)); }
+FUSEDRNN_DEVICE float widen(float s) { return s; }
+FUSEDRNN_DEVICE double widen(double s) { return s; }
+
+// Rounded to nearest even.
+template <class S>
+FUSEDRNN_DEVICE S narrow(Accumulator<S> a) {
+  if constexpr (std::is_same_v<S, bf16>)
+    return {__bfloat16_as_ushort(__float2bfloat16_rn(a))};
+  else if constexpr (std::is_same_v<S, half>)
+    return {__half_as_ushort(__float2half_rn(a))};
+  else
+    return a;
+}
+FUSEDRNN_DEVICE uint32_t round_to_tf32(uint32_t bits) {
+  uint32_t rounded;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(__uint_as_float(bits)));
+  return rounded;
+}
+
+// c[16, 8] += a[16, 16] b[16, 8], by a warp. Lane l, with g = l / 4 and t = l % 4, holds, two values to a word,
+// a: rows g, g + 8, g, g + 8 at columns 2t, 2t, 2t + 8, 2t + 8; b: rows 2t, 2t + 8 of column g;
+// c: columns 2t, 2t + 1 of row g, then of row g + 8.
+FUSEDRNN_DEVICE void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], bf16) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+FUSEDRNN_DEVICE void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], half) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+// The same with a[16, 8] b[8, 8] of TF32 numbers: a: rows g, g + 8, g, g + 8 at columns t, t, t + 4, t + 4;
+// b: rows t, t + 4 of column g.
+FUSEDRNN_DEVICE void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], float) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// ---- on the host
+// -----------------------------------------------------------------------------------------------------
+
+using Stream = cudaStream_t;
+
+inline void check(cudaError_t error, const char* what) {
+  if (error != cudaSuccess) {
+    throw std::runtime_error("fusedrnn: " + std::string(what) + ": " + cudaGetErrorString(error));
+  }
+}
+
+// Makes a device the current one while it lives, and knows torch's current stream there.
+class OnDevice {
+ public:
+  explicit OnDevice(int32_t index) : guard_(index) {
+    void* stream = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
+    stream_ = static_cast<Stream>(stream);
+  }
+  Stream stream() const { return stream_; }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  Stream stream_;
+};
+
+// The current device.
+inline Device device_facts() {
+  int device = 0, processors = 0, shared = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
+  check(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "cudaDeviceGetAttribute");
+  return {processors, shared};
+}
+
+template <class Params>
+void allow_shared(void (*kernel)(Params), size_t bytes) {
+  if (bytes > 48 * 1024) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)),
+          "cudaFuncSetAttribute");
+  }
+}
+
+// Blocks that the whole device can run at the same time.
+template <class Params>
+int64_t resident_blocks(void (*kernel)(Params), const Launch& l) {
+  allow_shared(kernel, l.shared_bytes);
+  int per_processor = 0;
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, kernel, l.threads, l.shared_bytes),
+        "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
+  return int64_t(per_processor) * device_facts().processors;
+}
+
+template <class Params>
+void launch(void (*kernel)(Params), const Launch& l, Stream stream, Params p) {
+  allow_shared(kernel, l.shared_bytes);
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(l.grid.x, l.grid.y, l.grid.z);
+  config.blockDim = dim3(unsigned(l.threads));
+  config.dynamicSmemBytes = l.shared_bytes;
+  config.stream = stream;
+  cudaLaunchAttribute cooperative{};
+  cooperative.id = cudaLaunchAttributeCooperative;
+  cooperative.val.cooperative = 1;
+  config.attrs = &cooperative;
+  config.numAttrs = l.cooperative ? 1 : 0;
+  void* arguments[] = {&p};
+  check(cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), arguments), "launch");
+}
+
+}  // namespace fusedrnn::cuda
+
+#else
+#include "device_host.h"
+#endif

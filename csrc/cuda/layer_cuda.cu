@@ -1,0 +1,317 @@
+// The ops on a GPU: the products over all rows by torch (cuBLAS), the time loop by our kernels.
+#include <torch/csrc/stable/library.h>
+
+#include "../tensors.h"
+#include "kernels.h"
+#include "rows.cuh"
+
+namespace fusedrnn::cuda {
+namespace {
+
+namespace stable = torch::stable;
+
+int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// Elements of a row of n, padded to whole vectors.
+template <class S>
+int64_t padded(int64_t n) {
+  return round_up(n, int64_t(sizeof(Vector) / sizeof(S)));
+}
+
+// Columns of t, which has `columns` of them, in the first columns of rows of `width`; the rest is zero.
+Tensor widened(const Tensor& t, int64_t width) {
+  if (t.size(1) == width) return t;
+  const Tensor wide = zeros({t.size(0), width}, t.scalar_type(), t);
+  Tensor to = fusedrnn::narrow(wide, 1, 0, t.size(1));
+  stable::copy_(to, t);
+  return wide;
+}
+
+// A matrix [rows, columns] as the tile reads it: rows padded and aligned.
+template <class S>
+Tensor tiled(const Tensor& t) {
+  const Tensor wide = widened(dense(t), padded<S>(t.size(1)));
+  return reinterpret_cast<uintptr_t>(wide.data_ptr()) % sizeof(Vector) ? stable::clone(wide) : wide;
+}
+
+template <class S>
+Rows<const S> rows_of(const Tensor& t) {
+  return {data<const S>(t), t.size(1)};
+}
+
+Tensor linear(const Tensor& x, const Tensor& weight, const MaybeTensor& bias) {
+  std::array<StableIValue, 3> stack{stable::detail::from(x), stable::detail::from(weight), stable::detail::from(bias)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
+  return stable::detail::to<Tensor>(stack[0]);
+}
+
+// a^T b, of two matrices with the same rows.
+Tensor outer_product(const Tensor& a, const Tensor& b) { return stable::matmul(stable::transpose(a, 0, 1), b); }
+
+// One of each direction's weights, one below the other, each padded to `rows`.
+Tensor stacked(const Layer& l, const std::vector<Tensor>& weights, int64_t index, int64_t rows) {
+  const Tensor& first = weights[index];
+  if (l.directions == 1 && first.size(0) == rows) return first;
+  std::vector<int64_t> shape(first.sizes().begin(), first.sizes().end());
+  shape[0] = l.directions * rows;
+  const Tensor all = zeros(shape, l.dtype, first);
+  for (int64_t d = 0; d < l.directions; ++d) {
+    Tensor to = fusedrnn::narrow(all, 0, d * rows, first.size(0));
+    stable::copy_(to, weights[d * l.weights_per_direction + index]);
+  }
+  return all;
+}
+
+// Everything that one call of an op needs on its device.
+struct Call {
+  const Layer& l;
+  OnDevice device;
+  Tensor offsets;   // of packed rows
+  Tensor arrivals;  // [D, batch tiles of the smallest size * counter_pitch]
+
+  Call(const Layer& layer, const Tensor& x) : l(layer), device(x.get_device_index()) {
+    arrivals = zeros({l.directions, tiles() * counter_pitch}, ScalarType::Int, x);
+    if (!l.packed) return;
+    offsets = empty({l.T + 1}, ScalarType::Long, x);
+    for (int64_t from = 0; from <= l.T; from += Numbers::most) {
+      Numbers numbers{};
+      numbers.count = int(std::min<int64_t>(Numbers::most, l.T + 1 - from));
+      std::copy_n(l.offset.begin() + from, numbers.count, numbers.value);
+      numbers.to = data<int64_t>(offsets) + from;
+      launch(write_numbers, {.grid = {}, .threads = row_threads}, device.stream(), numbers);
+    }
+  }
+
+  int64_t tiles() const { return round_up(l.N, tile_shapes[0].columns()) / tile_shapes[0].columns(); }
+  Steps steps(int64_t d) const { return {l.T, l.N, l.packed ? data<const int64_t>(offsets) : nullptr, d == 1}; }
+  uint32_t* arrivals_of(int64_t d) const { return data<uint32_t>(arrivals) + d * tiles() * counter_pitch; }
+
+  Plan plan(int gates, int64_t K, int64_t element, bool tensor_cores) const {
+    const Device facts = device_facts();
+    return make_plan({l.T, l.N, l.H, l.P, int(l.directions), gates, K, element, tensor_cores, l.projected},
+                     {facts.processors, facts.shared_bytes}, forced_plan());
+  }
+
+  // Every direction's W of [D * rows] weights, as the tile reads it.
+  template <class S, class Function>
+  std::vector<Tensor> weights_of(const std::vector<Tensor>& weights, int64_t index, Function function) const {
+    std::vector<Tensor> found;
+    for (int64_t d = 0; d < l.directions; ++d)
+      found.push_back(tiled<S>(function(weights[d * l.weights_per_direction + index])));
+    return found;
+  }
+};
+
+template <class Cell, class Math>
+ForwardResult forward(const Layer& l, const Tensor& x, const MaybeTensor& h0_, const MaybeTensor& c0_,
+                      const std::vector<Tensor>& weights_, bool save) {
+  using S = typename Math::Storage;
+  using A = Accumulator<S>;
+  const std::vector<int64_t> none{0};
+  const Tensor y = empty(l.y_shape(), l.dtype, x), h_n = empty(l.h_shape(), l.dtype, x);
+  const Tensor c_n = empty(l.has_c ? l.c_shape() : none, l.dtype, x);
+  const Tensor gates = empty(save ? l.gates_shape() : none, l.dtype, x);
+  const Tensor cells = empty(save && l.has_c ? l.cells_shape() : none, l.accumulator(), x);
+  if (l.rows == 0) {  // no step: the state stays as it was
+    copy_or_zero(h_n, h0_);
+    copy_or_zero(c_n, c0_);
+    return {y, h_n, c_n, gates, cells};
+  }
+  const Call call(l, x);
+  const int64_t D = l.directions, G = l.gates, H = l.H, P = l.P, N = l.N;
+  const std::vector<Tensor> weights = dense(weights_);
+  const int64_t w_hr = l.weights_per_direction - 1;
+  const auto same = [](const Tensor& t) { return t; };
+
+  const MaybeTensor b_ih = l.bias ? MaybeTensor(stacked(l, weights, 2, G * H)) : MaybeTensor();
+  const Tensor wx = linear(stable::reshape(x, {l.rows, l.I}), stacked(l, weights, 0, G * H), b_ih);
+  const std::vector<Tensor> w_hhs = call.weights_of<S>(weights, 1, same);
+  const std::vector<Tensor> w_hrs = l.projected ? call.weights_of<S>(weights, w_hr, same) : std::vector<Tensor>{};
+
+  // States: h before even and before odd steps, c, and h before the projection.
+  const int64_t width = padded<S>(P), wide = padded<S>(H);
+  const Tensor h = zeros({2, D, N, width}, l.dtype, x);
+  for (int64_t i = 0; h0_ && i < 2; ++i) {
+    Tensor to = fusedrnn::narrow(stable::select(h, 0, i), 2, 0, P);
+    stable::copy_(to, *h0_);
+  }
+  const Tensor c = empty(l.has_c ? l.c_shape() : none, l.accumulator(), x);
+  copy_or_zero(c, c0_);
+  const Tensor unprojected = l.projected ? zeros({D, N, wide}, l.dtype, x) : empty(none, l.dtype, x);
+
+  Forward<S> p{};
+  p.H = H, p.P = P, p.projected = l.projected;
+  for (int64_t d = 0; d < D; ++d) {
+    const Tensor* w = weights.data() + d * l.weights_per_direction;
+    p.direction[d] = {.steps = call.steps(d),
+                      .wx = {data<const S>(wx) + d * G * H, D * G * H},
+                      .w_hh = rows_of<S>(w_hhs[d]),
+                      .b_hh = l.bias ? data<const S>(w[3]) : nullptr,
+                      .w_hr = l.projected ? rows_of<S>(w_hrs[d]) : Rows<const S>{},
+                      .h = {{data<S>(h) + d * N * width, width}, {data<S>(h) + (D + d) * N * width, width}},
+                      .unprojected = {l.projected ? data<S>(unprojected) + d * N * wide : nullptr, wide},
+                      .c = l.has_c ? data<A>(c) + d * N * H : nullptr,
+                      .y = {data<S>(y) + d * P, D * P},
+                      .h_n = data<S>(h_n) + d * N * P,
+                      .c_n = l.has_c ? data<S>(c_n) + d * N * H : nullptr,
+                      .gates = {save && l.saved ? data<S>(gates) + d * l.saved * H : nullptr, D * l.saved * H},
+                      .cells = {save && l.has_c ? data<A>(cells) + d * H : nullptr, D * H},
+                      .arrivals = call.arrivals_of(d)};
+  }
+  run_forward<Cell, Math>(p, call.plan(int(G), width, sizeof(S), Math::resident), int(D), call.device.stream());
+  return {y, h_n, c_n, gates, cells};
+}
+
+// The upstream gradients and the results of forward, as backward gets them.
+struct BackwardArguments {
+  MaybeTensor dy, dh_n, dc_n, dcells;
+  Tensor x;
+  MaybeTensor h0, c0;
+  std::vector<Tensor> weights;
+  Tensor y, gates, cells;
+};
+
+template <class Cell, class Math>
+BackwardResult backward(const Layer& l, const BackwardArguments& a, int64_t needs) {
+  using S = typename Math::Storage;
+  using A = Accumulator<S>;
+  const auto result = [&](int64_t bit, const std::vector<int64_t>& shape) {
+    return empty(needs & bit ? shape : std::vector<int64_t>{0}, l.dtype, a.x);
+  };
+  const std::vector<int64_t> x_shape = {a.x.sizes().begin(), a.x.sizes().end()};
+  Tensor dx = result(need_dx, x_shape);
+  const Tensor dh0 = result(need_dh0, l.h_shape()), dc0 = result(l.has_c ? need_dc0 : 0, l.c_shape());
+  std::vector<Tensor> dweights;
+  for (size_t i = 0; i < a.weights.size(); ++i)
+    dweights.push_back(result(need_first_weight << i, {a.weights[i].sizes().begin(), a.weights[i].sizes().end()}));
+  if (l.rows == 0) {
+    copy_or_zero(dh0, a.dh_n);
+    copy_or_zero(dc0, a.dc_n);
+    for (const Tensor& t : dweights) copy_or_zero(t, {});
+    return {dx, dh0, dc0, dweights};
+  }
+
+  const Call call(l, a.x);
+  const int64_t D = l.directions, H = l.H, P = l.P, N = l.N, each = l.weights_per_direction;
+  const int64_t width = padded<S>(l.gates * H), p_width = padded<S>(P);
+  const Tensor x = stable::reshape(a.x, {l.rows, l.I}), y = dense(a.y), gates = dense(a.gates), cells = dense(a.cells);
+  const MaybeTensor dy = dense(a.dy), dh_n = dense(a.dh_n), dc_n = dense(a.dc_n), dcells = dense(a.dcells);
+  const MaybeTensor h0 = dense(a.h0), c0 = dense(a.c0);
+  const std::vector<Tensor> weights = dense(a.weights);
+  const auto transposed = [](const Tensor& t) { return stable::contiguous(stable::transpose(t, 0, 1)); };
+  const std::vector<Tensor> w_hhs = call.weights_of<S>(weights, 1, transposed);
+  const std::vector<Tensor> w_hrs =
+      l.projected ? call.weights_of<S>(weights, each - 1, transposed) : std::vector<Tensor>{};
+
+  // Padding is zero, all else is written before it is read.
+  const auto scratch = [&](bool exists, const std::vector<int64_t>& shape, bool has_padding, ScalarType dtype) {
+    if (!exists) return empty({0}, dtype, x);
+    return has_padding ? zeros(shape, dtype, x) : empty(shape, dtype, x);
+  };
+  constexpr bool apart = Cell::shared < Cell::gates;  // dwx is not drh
+  const Tensor drh = scratch(true, {l.rows, D, width}, width != l.gates * H, l.dtype);
+  const Tensor dwx = apart ? scratch(true, {l.rows, D, width}, width != l.gates * H, l.dtype) : drh;
+  const Tensor dh = scratch(l.projected, {l.rows, D, p_width}, p_width != P, l.dtype);
+  const Tensor dh_direct = scratch(Cell::carries_h, l.h_shape(), false, l.accumulator());
+  const Tensor dc = scratch(l.has_c, l.c_shape(), false, l.accumulator());
+
+  Backward<S> p{};
+  p.H = H, p.P = P, p.projected = l.projected;
+  for (int64_t d = 0; d < D; ++d) {
+    p.direction[d] = {.steps = call.steps(d),
+                      .w_hh = rows_of<S>(w_hhs[d]),
+                      .w_hr = l.projected ? rows_of<S>(w_hrs[d]) : Rows<const S>{},
+                      .dy = {offset(data<const S>(dy), d * P), D * P},
+                      .dh_n = offset(data<const S>(dh_n), d * N * P),
+                      .dc_n = offset(data<const S>(dc_n), d * N * H),
+                      .dcells = {offset(data<const A>(dcells), d * H), D * H},
+                      .y = {data<const S>(y) + d * P, D * P},
+                      .gates = {data<const S>(gates) + d * l.saved * H, D * l.saved * H},
+                      .cells = {l.has_c ? data<const A>(cells) + d * H : nullptr, D * H},
+                      .h0 = offset(data<const S>(h0), d * N * P),
+                      .c0 = offset(data<const S>(c0), d * N * H),
+                      .drh = {data<S>(drh) + d * width, D * width},
+                      .dwx = {apart ? data<S>(dwx) + d * width : nullptr, D * width},
+                      .dh = {l.projected ? data<S>(dh) + d * p_width : nullptr, D * p_width},
+                      .dh_direct = Cell::carries_h ? data<A>(dh_direct) + d * N * P : nullptr,
+                      .dc = l.has_c ? data<A>(dc) + d * N * H : nullptr,
+                      .dh0 = needs & need_dh0 ? data<S>(dh0) + d * N * P : nullptr,
+                      .dc0 = l.has_c && (needs & need_dc0) ? data<S>(dc0) + d * N * H : nullptr,
+                      .arrivals = call.arrivals_of(d)};
+  }
+  run_backward<Cell, Math>(p, call.plan(1, width, sizeof(S), Math::resident), int(D), call.device.stream());
+
+  if (needs & need_dx) {
+    const Tensor all = stable::reshape(dwx, {l.rows, D * width});
+    dx = stable::reshape(stable::matmul(all, stacked(l, weights, 0, width)), x_shape);
+  }
+  const auto wanted = [&](int64_t d, int64_t i) { return needs & (need_first_weight << (d * each + i)); };
+  const auto gradient_rows = [&](const Tensor& t, int64_t d) {
+    return fusedrnn::narrow(stable::select(t, 1, d), 1, 0, l.gates * H);
+  };
+  for (int64_t d = 0; d < D; ++d) {
+    Tensor* dw = dweights.data() + d * each;
+    const Tensor dwx_d = gradient_rows(dwx, d), drh_d = gradient_rows(drh, d);
+    if (wanted(d, 0)) dw[0] = outer_product(dwx_d, x);
+    if (wanted(d, 1)) {
+      const Tensor h_prev = empty({l.rows, P}, l.dtype, x);
+      const PreviousRows<S> rows{p.direction[d].steps, P, p.direction[d].y, p.direction[d].h0, data<S>(h_prev)};
+      launch(previous_rows<S>, {.grid = {unsigned(std::min<int64_t>(l.T, 4096))}, .threads = row_threads},
+             call.device.stream(), rows);
+      dw[1] = outer_product(drh_d, h_prev);
+    }
+    const std::vector<int64_t> over_rows{0};
+    if (l.bias && wanted(d, 2)) dw[2] = stable::sum(dwx_d, over_rows);
+    if (l.bias && wanted(d, 3)) dw[3] = stable::sum(drh_d, over_rows);
+    if (l.projected && wanted(d, each - 1)) {
+      const Tensor unprojected =
+          stable::select(stable::select(stable::reshape(gates, {l.rows, D, l.saved, H}), 1, d), 1, Cell::saved);
+      dw[each - 1] = outer_product(fusedrnn::narrow(stable::select(dh, 1, d), 1, 0, P), unprojected);
+    }
+  }
+  return {dx, dh0, dc0, dweights};
+}
+
+// Calls function(Math{}) with the way to multiply of a dtype; float multiplies in TF32 if that is allowed.
+template <class Function>
+auto with_math(ScalarType dtype, bool tf32, Function function) {
+  if (dtype == ScalarType::Double) return function(Fma<double>{});
+  if (dtype == ScalarType::BFloat16) return function(TensorCores<bf16>{});
+  if (dtype == ScalarType::Half) return function(TensorCores<half>{});
+  return tf32 ? function(TensorCores<float>{}) : function(Fma<float>{});
+}
+
+template <class Cell>
+ForwardResult forward_op(const Tensor& x, const MaybeTensor& h0, const MaybeTensor& c0,
+                         const std::vector<Tensor>& weights, const MaybeTensor& batch_sizes, int64_t directions,
+                         bool save, bool tf32) {
+  const Layer l = Layer::of<Cell>(x, h0, c0, weights, batch_sizes, directions);
+  return with_math(l.dtype, tf32,
+                   [&](auto math) { return forward<Cell, decltype(math)>(l, x, h0, c0, weights, save); });
+}
+
+template <class Cell>
+BackwardResult backward_op(const MaybeTensor& dy, const MaybeTensor& dh_n, const MaybeTensor& dc_n,
+                           const MaybeTensor& dcells, const Tensor& x, const MaybeTensor& h0, const MaybeTensor& c0,
+                           const std::vector<Tensor>& weights, const MaybeTensor& batch_sizes, int64_t directions,
+                           const Tensor& y, const Tensor& gates, const Tensor& cells, int64_t needs, bool tf32) {
+  const Layer l = Layer::of<Cell>(x, h0, c0, weights, batch_sizes, directions);
+  l.check_backward(dy, dh_n, dc_n, dcells, y, gates, cells);
+  const BackwardArguments a{dy, dh_n, dc_n, dcells, x, h0, c0, weights, y, gates, cells};
+  return with_math(l.dtype, tf32, [&](auto math) { return backward<Cell, decltype(math)>(l, a, needs); });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(FUSEDRNN_NAMESPACE, FUSEDRNN_CUDA_KEY, m) {
+  m.impl("lstm", TORCH_BOX(&forward_op<LSTM>));
+  m.impl("gru", TORCH_BOX(&forward_op<GRU>));
+  m.impl("rnn_tanh", TORCH_BOX(&forward_op<RNNTanh>));
+  m.impl("rnn_relu", TORCH_BOX(&forward_op<RNNRelu>));
+  m.impl("lstm_backward", TORCH_BOX(&backward_op<LSTM>));
+  m.impl("gru_backward", TORCH_BOX(&backward_op<GRU>));
+  m.impl("rnn_tanh_backward", TORCH_BOX(&backward_op<RNNTanh>));
+  m.impl("rnn_relu_backward", TORCH_BOX(&backward_op<RNNRelu>));
+}
+
+}  // namespace fusedrnn::cuda

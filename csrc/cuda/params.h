@@ -1,0 +1,101 @@
+// What the CUDA kernels are given: one struct for each pass, with both directions of a layer. Row r of the sequence is
+// time step t, batch entry n: r = first_row(t) + n, as in torch's PackedSequence. Rows that the tile reads (h, drh, dh
+// and the weights) are padded with zeros to a multiple of 16 bytes.
+#pragma once
+
+#include "device.cuh"
+
+namespace fusedrnn::cuda {
+
+// Elements between the counters of neighbouring batch tiles: each has 128 bytes of its own.
+constexpr int counter_pitch = 32;
+
+// The steps of one direction, in the order they are computed: s = 0 is time 0, or T - 1 in reverse.
+struct Steps {
+  int64_t T, N;
+  const int64_t* offset;  // [T + 1], the first row of each time step; null: every step has N rows
+  bool reverse;
+
+  FUSEDRNN_DEVICE int64_t time(int64_t s) const { return reverse ? T - 1 - s : s; }
+  FUSEDRNN_DEVICE int64_t first_row(int64_t s) const { return offset ? offset[time(s)] : time(s) * N; }
+  // Rows of step s; none before the first and after the last.
+  FUSEDRNN_DEVICE int64_t batch(int64_t s) const {
+    if (s < 0 || s >= T) return 0;
+    return offset ? offset[time(s) + 1] - offset[time(s)] : N;
+  }
+};
+
+// A matrix whose rows are `row` elements apart.
+template <class S>
+struct Rows {
+  S* data;
+  int64_t row;
+  FUSEDRNN_DEVICE S* at(int64_t r) const { return data + r * row; }
+  FUSEDRNN_DEVICE explicit operator bool() const { return data != nullptr; }
+};
+
+// Steps first .. last - 1 of one launch, and which of a step's two halves it runs.
+struct Range {
+  int64_t first, last;
+  bool recurrence, projection;
+  bool resident;  // the recurrent weights stay in shared memory
+};
+
+template <class S>
+struct ForwardDirection {
+  Steps steps;
+  Rows<const S> wx;            // [rows, G * H], with b_ih
+  Rows<const S> w_hh;          // [G * H, P]
+  const S* b_hh;               // [G * H] or null
+  Rows<const S> w_hr;          // [P, H], if projected
+  Rows<S> h[2];                // [N, P] before an even step and before an odd one; h0 in both at first
+  Rows<S> unprojected;         // [N, H], if projected
+  Accumulator<S>* c;           // [N, H], c0 at first; null without c
+  Rows<S> y;                   // [rows, P]
+  S* h_n;                      // [N, P]
+  S* c_n;                      // [N, H]
+  Rows<S> gates;               // [rows, saved, H], and h before the projection; or null
+  Rows<Accumulator<S>> cells;  // [rows, H] or null
+  uint32_t* arrivals;          // one counter of blocks for each batch tile, counter_pitch apart; zero at first
+};
+
+template <class S>
+struct Forward {
+  int64_t H, P;
+  bool projected;
+  Range range;
+  ForwardDirection<S> direction[2];
+};
+
+template <class S>
+struct BackwardDirection {
+  Steps steps;
+  Rows<const S> w_hh;                 // [P, G * H], transposed
+  Rows<const S> w_hr;                 // [H, P], transposed, if projected
+  Rows<const S> dy;                   // [rows, P] or null
+  const S* dh_n;                      // [N, P] or null
+  const S* dc_n;                      // [N, H] or null
+  Rows<const Accumulator<S>> dcells;  // [rows, H] or null
+  Rows<const S> y, gates;             // as forward left them
+  Rows<const Accumulator<S>> cells;
+  const S* h0;                // [N, P] or null (zeros)
+  const S* c0;                // [N, H] or null (zeros)
+  Rows<S> drh;                // [rows, G * H]
+  Rows<S> dwx;                // [rows, G * H]; null where it is drh
+  Rows<S> dh;                 // [rows, P], if projected
+  Accumulator<S>* dh_direct;  // [N, P], what reaches h_prev not through rh; null without it
+  Accumulator<S>* dc;         // [N, H]; null without c
+  S* dh0;                     // [N, P] or null
+  S* dc0;                     // [N, H] or null
+  uint32_t* arrivals;
+};
+
+template <class S>
+struct Backward {
+  int64_t H, P;
+  bool projected;
+  Range range;  // last - 1 down to first; step -1 gives dh0 and dc0
+  BackwardDirection<S> direction[2];
+};
+
+}  // namespace fusedrnn::cuda

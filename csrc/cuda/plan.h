@@ -1,0 +1,56 @@
+// How a layer's time loop runs on a GPU: a pure function of the shape and the device. Results may differ between plans
+// only by the order of sums.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace fusedrnn::cuda {
+
+struct PlanRequest {
+  int64_t T, N, H, P;  // P: the size of h
+  int directions;
+  int gates;          // rows of W_hh per unit; 1 in backward
+  int64_t K;          // what the recurrent product sums over: P forward, G * H backward
+  int64_t element;    // bytes of a weight
+  bool tensor_cores;  // TF32, bf16, fp16
+  bool projected;
+};
+
+struct PlanDevice {
+  int64_t processors;    // streaming multiprocessors
+  int64_t shared_bytes;  // that one block can have
+};
+
+// Tiles come in these sizes: rows of the batch, and how a block's 8 warps divide it.
+struct TileShape {
+  int n_tiles, n_warps;  // n_tiles * 8 rows a warp, n_warps groups of warps
+  int columns() const { return 8 * n_tiles * n_warps; }
+};
+constexpr TileShape tile_shapes[] = {{1, 1}, {2, 1}, {4, 1}, {4, 2}};
+
+struct Plan {
+  // stepwise: a launch a step. loop: one launch for all steps, whose blocks wait for each other between steps.
+  // grid: that, and the recurrent weights stay in shared memory.
+  std::string name;
+  std::string reason;  // why not a faster one
+  int shape;           // index in tile_shapes
+  int64_t blocks_x, blocks_y;
+  int64_t sums_bytes, weights_bytes;  // shared memory of a block
+
+  bool one_launch() const { return name != "stepwise"; }
+  bool resident() const { return name == "grid"; }
+  int64_t shared_bytes() const { return sums_bytes + (resident() ? weights_bytes : 0); }
+};
+
+// `forced` is a plan's name, or empty: the fastest that the shape allows. A forced plan that it doesn't allow falls
+// back to the next, and `reason` says why.
+__attribute__((visibility("default"))) Plan make_plan(const PlanRequest& request, const PlanDevice& device,
+                                                      const std::string& forced);
+
+// The plan that ops are made to use (empty: their own choice), of this process.
+__attribute__((visibility("default"))) const std::string& forced_plan();
+__attribute__((visibility("default"))) void force_plan(const std::string& name);
+
+}  // namespace fusedrnn::cuda

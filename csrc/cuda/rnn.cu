@@ -1,0 +1,8 @@
+#include "../cells/rnn.h"
+#include "kernels.h"
+#include "launch.cuh"
+
+namespace fusedrnn::cuda {
+FUSEDRNN_INSTANTIATE(RNNTanh)
+FUSEDRNN_INSTANTIATE(RNNRelu)
+}  // namespace fusedrnn::cuda

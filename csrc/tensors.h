@@ -1,0 +1,63 @@
+// What both devices' implementations of the ops need of tensors.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include "layer.h"
+
+namespace fusedrnn {
+
+// Uninitialised and contiguous, on like's device.
+inline Tensor empty(const std::vector<int64_t>& shape, ScalarType dtype, const Tensor& like) {
+  std::vector<int64_t> strides(shape.size());
+  int64_t stride = 1;
+  for (size_t i = shape.size(); i-- > 0; stride *= std::max<int64_t>(shape[i], 1)) strides[i] = stride;
+  AtenTensorHandle handle;
+  int32_t device_type;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(int64_t(shape.size()), shape.data(), strides.data(),
+                               torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type,
+                               like.get_device_index(), &handle));
+  return Tensor(handle);
+}
+
+inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+inline MaybeTensor dense(const MaybeTensor& t) { return t ? MaybeTensor(dense(*t)) : t; }
+inline std::vector<Tensor> dense(std::vector<Tensor> ts) {
+  for (Tensor& t : ts) t = dense(t);
+  return ts;
+}
+
+template <class S>
+S* data(const Tensor& t) {
+  return static_cast<S*>(t.data_ptr());
+}
+template <class S>
+S* data(const MaybeTensor& t) {
+  return t ? data<S>(*t) : nullptr;
+}
+template <class S>
+S* offset(S* p, int64_t n) {
+  return p ? p + n : nullptr;
+}
+
+// torch::stable::narrow and zero_ take a Tensor&, though they change no handle.
+inline Tensor narrow(Tensor t, int64_t dim, int64_t start, int64_t length) {
+  return torch::stable::narrow(t, dim, start, length);
+}
+inline Tensor zeros(const std::vector<int64_t>& shape, ScalarType dtype, const Tensor& like) {
+  Tensor t = empty(shape, dtype, like);
+  return torch::stable::zero_(t);
+}
+
+// A copy of `from` (zeros without it) in `to`, unless nobody wants it.
+inline void copy_or_zero(Tensor to, const MaybeTensor& from) {
+  if (to.numel() == 0) return;
+  if (from)
+    torch::stable::copy_(to, *from);
+  else
+    torch::stable::zero_(to);
+}
+
+}  // namespace fusedrnn

@@ -1,0 +1,169 @@
+// csrc/cuda/device.cuh for a CPU: each CUDA thread is a fiber, switched wherever threads wait for each other, to
+// another one chosen at random. So a missing barrier shows as a wrong number sooner or later, and a missing arrival at
+// once, as a deadlock. All else is the kernels' own source.
+#pragma once
+
+#include <cmath>
+#include <stdexcept>
+#include <string>
+
+#include "fibers.h"
+
+#define FUSEDRNN_DEVICE inline
+#define FUSEDRNN_KERNEL(threads) void
+
+namespace fusedrnn::cuda {
+
+// ---- inside a kernel
+// -------------------------------------------------------------------------------------------------
+
+inline int thread_index() { return host::self().thread; }
+inline int block_threads() { return host::self().block->threads; }
+inline Grid block_index() {
+  const host::Index3 i = host::self().block->index;
+  return {i.x, i.y, i.z};
+}
+inline Grid grid_size() {
+  const host::Index3 i = host::self().block->grid;
+  return {i.x, i.y, i.z};
+}
+
+inline void sync_block() { host::meet(host::self().block->barrier, host::self().block->threads); }
+inline unsigned char* shared_memory() { return host::self().block->shared; }
+
+inline Vector load(const void* p) {
+  if (reinterpret_cast<uintptr_t>(p) % sizeof(Vector)) host::fail("a load of 16 bytes is not aligned");
+  Vector v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+inline Vector load_l2(const void* p) { return load(p); }
+
+inline void signal(uint32_t* counter) {
+  host::pass();
+  ++*counter;
+  host::progress();
+}
+inline void wait_for(const uint32_t* counter, uint32_t target) {
+  while (int32_t(*static_cast<const volatile uint32_t*>(counter) - target) < 0) host::pass_waiting();
+}
+
+inline float bits_to_float(uint32_t bits) {
+  float f;
+  std::memcpy(&f, &bits, sizeof(f));
+  return f;
+}
+inline uint32_t float_to_bits(float f) {
+  uint32_t bits;
+  std::memcpy(&bits, &f, sizeof(bits));
+  return bits;
+}
+
+inline float widen(bf16 s) { return bits_to_float(uint32_t(s.bits) << 16); }
+inline float widen(half s) {
+  _Float16 h;
+  std::memcpy(&h, &s.bits, sizeof(h));
+  return float(h);
+}
+inline float widen(float s) { return s; }
+inline double widen(double s) { return s; }
+
+template <class S>
+S narrow(Accumulator<S> a) {
+  if constexpr (std::is_same_v<S, bf16>) {
+    if (std::isnan(a)) return {0x7fff};
+    const uint32_t bits = float_to_bits(a);
+    return {uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+  } else if constexpr (std::is_same_v<S, half>) {
+    const _Float16 h = _Float16(a);
+    S s;
+    std::memcpy(&s.bits, &h, sizeof(h));
+    return s;
+  } else {
+    return a;
+  }
+}
+// To nearest, ties away from zero.
+inline uint32_t round_to_tf32(uint32_t bits) {
+  return std::isfinite(bits_to_float(bits)) ? (bits + 0x1000) & ~0x1fffu : bits;
+}
+
+// A lane's fragments of one product; the last lane to come computes it for the whole warp.
+struct MmaOperands {
+  float* c;
+  const uint32_t *a, *b;
+};
+
+// Values per word, elements of k, and what they are.
+template <class S>
+struct MmaNumbers {
+  static constexpr int per_word = 2, k = 16;
+  static float at(uint32_t word, int i) { return widen(S{uint16_t(word >> (16 * i))}); }
+};
+template <>
+struct MmaNumbers<float> {
+  static constexpr int per_word = 1, k = 8;
+  // The hardware ignores the low bits: what was not rounded is cut.
+  static float at(uint32_t word, int) { return bits_to_float(word & ~0x1fffu); }
+};
+
+template <class S>
+void mma_of_warp(const MmaOperands* lane) {
+  using Numbers = MmaNumbers<S>;
+  constexpr int per_word = Numbers::per_word;
+  float a[16][16], b[8][16];
+  for (int l = 0; l < warp_size; ++l) {
+    const int g = l / 4, t = l % 4;
+    for (int i = 0; i < per_word; ++i) {
+      const int low = per_word * t + i, high = low + 4 * per_word;
+      a[g][low] = Numbers::at(lane[l].a[0], i), a[g + 8][low] = Numbers::at(lane[l].a[1], i);
+      a[g][high] = Numbers::at(lane[l].a[2], i), a[g + 8][high] = Numbers::at(lane[l].a[3], i);
+      b[g][low] = Numbers::at(lane[l].b[0], i), b[g][high] = Numbers::at(lane[l].b[1], i);
+    }
+  }
+  for (int l = 0; l < warp_size; ++l) {
+    for (int i = 0; i < 4; ++i) {
+      const int m = l / 4 + 8 * (i / 2), n = l % 4 * 2 + i % 2;
+      float sum = lane[l].c[i];
+      for (int k = 0; k < Numbers::k; ++k) sum += a[m][k] * b[n][k];
+      lane[l].c[i] = sum;
+    }
+  }
+}
+
+template <class S>
+void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], S) {
+  host::Fiber& self = host::self();
+  host::Warp& warp = self.block->warps[self.thread / warp_size];
+  auto* operands = reinterpret_cast<MmaOperands*>(warp.operands);
+  static_assert(sizeof(MmaOperands) * warp_size <= sizeof(warp.operands));
+  operands[self.thread % warp_size] = {c, a, b};
+  host::meet(warp.barrier, warp_size, [&] { mma_of_warp<S>(operands); });
+}
+
+// ---- on the host
+// -----------------------------------------------------------------------------------------------------
+
+struct Stream {};
+
+struct OnDevice {
+  explicit OnDevice(int32_t) {}
+  Stream stream() const { return {}; }
+};
+
+// A small device, so that small tests meet every plan.
+inline Device device_facts() { return {host::processors(), 100 * 1024}; }
+
+template <class Params>
+int64_t resident_blocks(void (*)(Params), const Launch&) {
+  return host::processors();
+}
+
+template <class Params>
+void launch(void (*kernel)(Params), const Launch& l, Stream, const Params& p) {
+  if (l.shared_bytes > size_t(device_facts().shared_bytes)) throw std::runtime_error("too much shared memory");
+  if (l.cooperative && l.grid.blocks() > host::processors()) throw std::runtime_error("too many cooperative blocks");
+  host::run({l.grid.x, l.grid.y, l.grid.z}, l.threads, l.shared_bytes, l.cooperative, [&] { kernel(p); });
+}
+
+}  // namespace fusedrnn::cuda

@@ -1,0 +1,209 @@
+#include "fibers.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <mutex>
+#include <random>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+// Switches stacks: saves what a function must keep, stores the stack pointer in *from and goes on at `to`.
+extern "C" void fusedrnn_switch_stack(void** from, void* to);
+asm(R"(
+.text
+.globl fusedrnn_switch_stack
+.hidden fusedrnn_switch_stack
+.type fusedrnn_switch_stack,@function
+fusedrnn_switch_stack:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+.size fusedrnn_switch_stack,.-fusedrnn_switch_stack
+)");
+
+namespace fusedrnn::cuda::host {
+namespace {
+
+constexpr size_t stack_bytes = 64 * 1024;
+
+struct Running : Fiber {
+  char* stack = nullptr;
+  void* stack_pointer = nullptr;
+  void* fake_stack = nullptr;  // the address sanitizer's
+};
+
+// One launch at a time, on the thread that launches.
+struct Scheduler {
+  std::mutex one_launch;
+  std::mt19937_64 random{1};
+  std::vector<char*> stacks;
+  std::vector<Fiber*> runnable;
+  Running* current = nullptr;
+  void* main_stack_pointer = nullptr;
+  void* main_fake_stack = nullptr;
+  const void* main_stack = nullptr;
+  size_t main_stack_size = 0;
+  size_t waited = 0;  // fibers in a row that found nothing to do
+  size_t alive = 0;
+  const std::function<void()>* kernel = nullptr;
+  int processors = 12;
+} scheduler;
+
+void before_switch([[maybe_unused]] void** fake_stack, [[maybe_unused]] const void* to, [[maybe_unused]] size_t size) {
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_start_switch_fiber(fake_stack, to, size);
+#endif
+}
+void after_switch([[maybe_unused]] void* fake_stack, [[maybe_unused]] const void** from,
+                  [[maybe_unused]] size_t* size) {
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(fake_stack, from, size);
+#endif
+}
+
+// Leaves a fiber for the scheduler's loop; for good if `ends`.
+void leave(bool ends) {
+  Running* fiber = scheduler.current;
+  before_switch(ends ? nullptr : &fiber->fake_stack, scheduler.main_stack, scheduler.main_stack_size);
+  fusedrnn_switch_stack(&fiber->stack_pointer, scheduler.main_stack_pointer);
+  after_switch(fiber->fake_stack, nullptr, nullptr);
+}
+
+void enter(Running* fiber) {
+  scheduler.current = fiber;
+  before_switch(&scheduler.main_fake_stack, fiber->stack, stack_bytes);
+  fusedrnn_switch_stack(&scheduler.main_stack_pointer, fiber->stack_pointer);
+  after_switch(scheduler.main_fake_stack, nullptr, nullptr);
+}
+
+void body() {
+  after_switch(nullptr, &scheduler.main_stack, &scheduler.main_stack_size);
+  (*scheduler.kernel)();
+  --scheduler.alive;
+  leave(true);
+}
+
+// A stack that starts in body().
+void prepare(Running& fiber) {
+  if (scheduler.stacks.empty()) {
+    void* memory = mmap(nullptr, stack_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (memory == MAP_FAILED) fail("no memory for a stack");
+    scheduler.stacks.push_back(static_cast<char*>(memory));
+  }
+  fiber.stack = scheduler.stacks.back();
+  scheduler.stacks.pop_back();
+  void** top = reinterpret_cast<void**>(fiber.stack + stack_bytes) - 1;  // aligned as a call leaves it
+  *--top = reinterpret_cast<void*>(&body);
+  fiber.stack_pointer = top - 6;  // the registers that the switch pops
+  std::memset(fiber.stack_pointer, 0, 6 * sizeof(void*));
+}
+
+void run_blocks(std::vector<Block>& blocks, size_t shared_bytes) {
+  std::vector<std::unique_ptr<unsigned char[]>> shared;
+  std::vector<Running> fibers(blocks.size() * size_t(blocks[0].threads));
+  size_t i = 0;
+  for (Block& block : blocks) {
+    shared.push_back(std::make_unique<unsigned char[]>(shared_bytes));
+    block.shared = shared.back().get();
+    std::memset(block.shared, 0xff, shared_bytes);  // NaN, until somebody writes
+    block.warps.resize(size_t(block.threads + 31) / 32);
+    for (int thread = 0; thread < block.threads; ++thread, ++i) {
+      fibers[i].block = &block, fibers[i].thread = thread;
+      prepare(fibers[i]);
+      scheduler.runnable.push_back(&fibers[i]);
+    }
+  }
+  scheduler.alive = fibers.size(), scheduler.waited = 0;
+  while (scheduler.alive > 0) {
+    if (scheduler.runnable.empty()) fail("deadlock: all threads wait at barriers that others never reach");
+    std::swap(scheduler.runnable[scheduler.random() % scheduler.runnable.size()], scheduler.runnable.back());
+    auto* next = static_cast<Running*>(scheduler.runnable.back());
+    scheduler.runnable.pop_back();
+    enter(next);
+  }
+  for (Running& fiber : fibers) scheduler.stacks.push_back(fiber.stack);
+}
+
+}  // namespace
+
+Fiber& self() { return *scheduler.current; }
+
+void fail(const char* what) {
+  std::fprintf(stderr, "fusedrnn host device: %s\n", what);
+  std::abort();
+}
+
+void meet(FiberBarrier& barrier, int count, const std::function<void()>& completion) {
+  if (++barrier.arrived < count) {
+    barrier.waiting.push_back(scheduler.current);
+    leave(false);
+    return;
+  }
+  if (completion) completion();
+  barrier.arrived = 0;
+  progress();
+  scheduler.runnable.insert(scheduler.runnable.end(), barrier.waiting.begin(), barrier.waiting.end());
+  barrier.waiting.clear();
+  pass();
+}
+
+void pass() {
+  scheduler.runnable.push_back(scheduler.current);
+  leave(false);
+}
+
+void pass_waiting() {
+  // Many more turns than there are fibers: at random, all had theirs.
+  if (++scheduler.waited > 1000 + 100 * scheduler.runnable.size()) fail("deadlock: a signal never comes");
+  pass();
+}
+
+void progress() { scheduler.waited = 0; }
+
+void run(Index3 grid, int threads, size_t shared_bytes, bool all_together, const std::function<void()>& kernel) {
+  const std::lock_guard lock(scheduler.one_launch);
+  scheduler.kernel = &kernel;
+  std::vector<Block> blocks;
+  for (unsigned z = 0; z < grid.z; ++z) {
+    for (unsigned y = 0; y < grid.y; ++y) {
+      for (unsigned x = 0; x < grid.x; ++x) blocks.push_back({{x, y, z}, grid, threads, nullptr, {}, {}});
+    }
+  }
+  if (all_together) {
+    run_blocks(blocks, shared_bytes);
+    return;
+  }
+  std::shuffle(blocks.begin(), blocks.end(), scheduler.random);
+  for (Block& block : blocks) {
+    std::vector<Block> one{std::move(block)};
+    run_blocks(one, shared_bytes);
+  }
+}
+
+int processors() { return scheduler.processors; }
+
+}  // namespace fusedrnn::cuda::host
+
+// For the tests: the order in which threads run, and how many blocks at the same time.
+extern "C" __attribute__((visibility("default"))) void fusedrnn_cuda_host_configure(uint64_t seed, int processors) {
+  fusedrnn::cuda::host::scheduler.random.seed(seed);
+  fusedrnn::cuda::host::scheduler.processors = processors;
+}

@@ -1,0 +1,61 @@
+// Threads of a kernel as fibers of one CPU thread.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <vector>
+
+namespace fusedrnn::cuda::host {
+
+struct Fiber;
+
+struct Index3 {
+  unsigned x, y, z;
+};
+
+struct FiberBarrier {
+  int arrived = 0;
+  std::vector<Fiber*> waiting;
+};
+
+struct Warp {
+  FiberBarrier barrier;
+  alignas(16) unsigned char operands[32 * 24];
+};
+
+struct Block {
+  Index3 index, grid;
+  int threads;
+  unsigned char* shared;
+  FiberBarrier barrier;
+  std::vector<Warp> warps;
+};
+
+struct Fiber {
+  Block* block;
+  int thread;
+};
+
+Fiber& self();
+
+// Ends the process: the kernel's fault.
+[[noreturn]] void fail(const char* what);
+
+// Until `count` fibers have come; the last one does `completion` before any goes on.
+void meet(FiberBarrier& barrier, int count, const std::function<void()>& completion = {});
+
+// Lets others run. A fiber that waits for memory to change says so: when all wait and none makes progress, that is a
+// deadlock.
+void pass();
+void pass_waiting();
+void progress();
+
+// Runs the kernel for every thread of the grid: all blocks together, or one after another in any order.
+void run(Index3 grid, int threads, size_t shared_bytes, bool all_together, const std::function<void()>& kernel);
+
+// Blocks that run at the same time.
+int processors();
+
+}  // namespace fusedrnn::cuda::host

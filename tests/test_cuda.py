@@ -1,0 +1,161 @@
+"""What only the CUDA kernels have: plans, TF32, launches of many steps, streams and graphs."""
+
+import pytest
+import torch
+from conftest import on_cuda_kernels, relative_error
+from helpers import (
+    VARIANTS,
+    assert_same_bits,
+    forward_ours,
+    in_float64,
+    layer_backward_op,
+    layer_op,
+    make_gradients,
+    make_inputs,
+    needs_of,
+    ours,
+    ragged_lengths,
+    variant,
+)
+
+import fusedrnn
+from fusedrnn import _C
+
+TF32_FLOOR = 4e-3  # a few roundings to 10 bits of mantissa, relative to the largest value
+
+H200 = {"processors": 132, "shared_bytes": 227 * 1024}
+A100 = {"processors": 108, "shared_bytes": 163 * 1024}
+
+
+@pytest.fixture
+def cuda_kernels(request):
+    if not on_cuda_kernels(request.config):
+        pytest.skip("needs --device cuda, or the CUDA kernels built for the CPU")
+
+
+def plan(N, H, device=H200, cell_gates=4, directions=1, element=2, tensor_cores=True, backward=False, T=100, P=0):
+    P = P or H
+    gates, K = (1, cell_gates * H) if backward else (cell_gates, P)
+    shape = {"T": T, "N": N, "H": H, "P": P, "directions": directions, "gates": gates, "K": K, "projected": P != H}
+    return _C.cuda_plan(**shape, element=element, tensor_cores=tensor_cores, **device)
+
+
+def test_weights_stay_on_the_chip_where_they_fit():
+    for N, H in ((1, 512), (4, 512), (16, 768), (64, 512), (128, 256), (16, 1024)):
+        for backward in (False, True):
+            found = plan(N, H, backward=backward)
+            assert found["name"] == "grid", found
+            blocks = found["blocks"]
+            assert blocks[0] * 16 >= H and blocks[1] * found["columns"] >= N
+            assert blocks[0] * blocks[1] * blocks[2] <= H200["processors"]
+            assert found["shared_bytes"] >= 4 * 16 * H * 2
+
+
+def test_slower_plans_say_why():
+    found = plan(16, 2048)
+    assert found["name"] == "loop" and "shared memory" in found["reason"]
+    found = plan(16, 768, element=4, tensor_cores=False)
+    assert found["name"] == "loop" and "tensor cores" in found["reason"]
+    found = plan(1000, 4096)
+    assert found["name"] == "stepwise" and "132 processors" in found["reason"]
+    assert plan(64, 1024, A100)["name"] == "loop"
+
+
+def test_every_shape_has_a_plan_that_fits():
+    for device in (H200, A100, {"processors": 1, "shared_bytes": 99 * 1024}):
+        for N in (1, 7, 8, 9, 64, 65, 1000):
+            for H in (1, 7, 100, 4096):
+                for element, tensor_cores in ((2, True), (4, True), (4, False), (8, False)):
+                    for gates in (1, 3, 4):
+                        for backward in (False, True):
+                            found = plan(N, H, device, gates, 2, element, tensor_cores, backward)
+                            assert found["shared_bytes"] <= device["shared_bytes"], (N, H, found)
+                            assert found["blocks"][1] * found["columns"] >= N
+                            if found["name"] != "stepwise":
+                                assert found["blocks"][0] * found["blocks"][1] * 2 <= device["processors"]
+
+
+def test_a_plan_can_be_forced():
+    for name in ("grid", "loop", "stepwise"):
+        with fusedrnn.use_plan(name):
+            assert plan(16, 512)["name"] == name
+            assert plan(1000, 4096)["name"] == "stepwise"
+    expected = "plan 'cluser' is unknown: expected stepwise, loop, grid or ''"
+    with pytest.raises(ValueError, match=expected), fusedrnn.use_plan("cluser"):
+        pass
+    assert plan(16, 512)["name"] == "grid"
+
+
+@pytest.mark.usefixtures("cuda_kernels")
+@pytest.mark.parametrize("name", VARIANTS)
+def test_tf32(name, device, capability):
+    for shape in ((5, 3, 9, 7), (6, 20, 8, 40)):
+        T, N, I, H = shape
+        case = variant(name, T=T, N=N, I=I, H=H, directions=2)
+        inputs, gradients = make_inputs(case, device), make_gradients(case, device)
+        outputs = layer_op(case.cell)(*inputs.arguments(), True, True)
+        y, h_n, _, gates, cells = outputs
+        backward = layer_backward_op(case.cell)
+        upstream = [*gradients[:3], None]
+        dx, dh0, _, dweights = backward(*upstream, *inputs.arguments(), y, gates, cells, needs_of(inputs), True)
+        found = {"y": y, "h_n": h_n, "dx": dx, "dh0": dh0, **{f"d{i}": d for i, d in enumerate(dweights)}}
+        expected = in_float64(case, inputs, gradients, y)
+        for what, value in found.items():
+            assert relative_error(value, expected[what]) < TF32_FLOOR, (str(case), what)
+        exact = forward_ours(case, inputs)["y"]
+        assert not torch.equal(y, exact), "TF32 made no difference"
+
+
+@pytest.mark.usefixtures("cuda_kernels")
+@pytest.mark.parametrize("name", VARIANTS)
+def test_plans_agree_bit_for_bit(name, device):
+    """The plans differ in launches and in where weights are, not in the order of sums."""
+    for options in ({"T": 5, "N": 11}, {"lengths": ragged_lengths(11, 9)}):
+        for dtype in (torch.float32, torch.bfloat16):
+            case = variant(name, I=6, H=37, directions=2, dtype=dtype, **options)
+            inputs, gradients = make_inputs(case, device), make_gradients(case, device)
+            found = []
+            for forced in ("grid", "loop", "stepwise"):
+                with fusedrnn.use_plan(forced):
+                    found.append(ours(case, inputs, gradients))
+            assert_same_bits(found[0], found[1], str(case))
+            assert_same_bits(found[0], found[2], str(case))
+
+
+@pytest.fixture
+def gpu(device):
+    if device.type != "cuda":
+        pytest.skip("needs --device cuda")
+    return device
+
+
+def test_current_stream_and_graph(gpu):
+    case = variant("lstm", T=7, N=5, I=6, H=40, dtype=torch.bfloat16, lengths=(7, 5, 5, 2, 1))
+    inputs = make_inputs(case, gpu)
+    expected = forward_ours(case, inputs)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            forward_ours(case, inputs)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        captured = forward_ours(case, inputs)
+    inputs.x.mul_(2)
+    doubled = forward_ours(case, inputs)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert_same_bits(captured, doubled)
+    assert not torch.equal(doubled["y"], expected["y"])
+
+
+def test_long_sequences(gpu):
+    case = variant("gru", T=70000, N=2, I=3, H=8)
+    inputs = make_inputs(case, gpu)
+    y = forward_ours(case, inputs)["y"]
+    assert relative_error(y, in_float64_on_cpu(case, inputs)) < 1e-4
+
+
+def in_float64_on_cpu(case, inputs):
+    on_cpu = inputs.map(lambda t: t.cpu().double())
+    return getattr(torch.ops.fusedrnn, case.cell)(*on_cpu.arguments(), False)[0].to(inputs.x.device)
