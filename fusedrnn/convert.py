@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TypeVar
 
+import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -55,7 +56,10 @@ def patch() -> Patch:
     For code that looks the classes up (in ``torch.nn``, ``torch.nn.modules`` or
     ``torch.nn.modules.rnn``) while the patch is on: building modules, ``isinstance`` and
     subclassing see fusedrnn's classes. Names imported earlier (``from torch.nn import LSTM``)
-    and modules built earlier stay torch's own; :func:`convert` is for those. Patches nest. ::
+    and modules built earlier stay torch's own; :func:`convert` is for those. Patches nest.
+
+    torch.compile refuses what it finds under these names, so ``torch._dynamo.config.allow_rnn`` is
+    on as long as the patch is. ::
 
         with fusedrnn.patch():
             model = library.build_model()
@@ -71,9 +75,14 @@ class Patch:
     the last one."""
 
     _active = 0
+    _allow_rnn = False  # torch._dynamo's setting before the first patch
 
     def __init__(self) -> None:
+        import torch._dynamo.config as dynamo
+
         self._on = True
+        if Patch._active == 0:
+            Patch._allow_rnn, dynamo.allow_rnn = dynamo.allow_rnn, True
         Patch._active += 1
         _bind(_OURS)
 
@@ -83,6 +92,7 @@ class Patch:
             self._on = False
             Patch._active -= 1
             if Patch._active == 0:
+                torch._dynamo.config.allow_rnn = Patch._allow_rnn
                 _bind(_THEIRS)
 
     def __enter__(self) -> Patch:

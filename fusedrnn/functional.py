@@ -216,7 +216,12 @@ def network(
         data, batch_sizes, sorted_indices, unsorted_indices = input
         if states is not None and sorted_indices is not None:
             states = tuple([s.index_select(1, sorted_indices) for s in states])
-        batch = int(batch_sizes[0]) if sorted_indices is None else sorted_indices.shape[0]
+        if sorted_indices is not None:
+            batch = sorted_indices.shape[0]
+        elif states is not None and torch.compiler.is_compiling():
+            batch = states[0].shape[1]  # a tracer knows no values; the op compares the two
+        else:
+            batch = batch_sizes[0].item()  # type: ignore[assignment]  # symbolic in a tracer, unlike int()
         expected = _check_sizes(cell, data, states, weights, num_layers * directions, batch, 2)
         if states is None:
             states = tuple([data.new_zeros(e) for e in expected])

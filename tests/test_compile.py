@@ -1,0 +1,227 @@
+"""torch.compile, torch.export and AOTInductor: whole graphs, any length and batch, eager's own bits."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from test_gradients import MODULES, flat, make_modules
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.export import Dim, export
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
+
+import fusedrnn
+from fusedrnn import ops
+
+pytestmark = pytest.mark.usefixtures("one_thread", "fresh_compiler")
+
+CELLS = ["LSTMCell", "GRUCell", "RNNCell"]
+STACKED = {"num_layers": 2, "bidirectional": True}
+
+
+@pytest.fixture
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def make(name, device, **options):
+    return make_modules(name, input_size=3, hidden_size=4, **options)[0].to(device)
+
+
+def results(run, module, *tensors, training=True):
+    """Outputs and, in training, all gradients."""
+    tensors = [t.clone().requires_grad_(training and t.is_floating_point()) for t in tensors]
+    module.zero_grad()
+    with torch.set_grad_enabled(training):
+        outputs = run(*tensors)
+    if not training:
+        return list(outputs)
+    sum(t.sin().sum() for t in outputs).backward()
+    leaves = [*(t for t in tensors if t.requires_grad), *module.parameters()]
+    return [*outputs, *(t.grad for t in leaves)]
+
+
+def assert_compiles(run, module, inputs, training):
+    """In one graph, and for sizes of any number in two: of the first sizes, then of all."""
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(run, fullgraph=True, backend=counter)
+    for tensors in inputs:
+        found, expected = (results(f, module, *tensors, training=training) for f in (compiled, run))
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("stacked", [{}, {**STACKED, "batch_first": True}], ids=["one", "stacked"])
+@pytest.mark.parametrize("name, options", MODULES)
+def test_padded(name, options, stacked, training, device):
+    module = make(name, device, **stacked, **options)
+    inputs = [(torch.randn(*shape, 3, device=device),) for shape in ((5, 2), (7, 3), (9, 4), (2, 8))]
+    assert_compiles(lambda x: flat(module(x)), module, inputs, training)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("states", [False, True])
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])
+def test_packed(name, states, training, device):
+    """By way of the data and batch_sizes: torch.compile does not trace pack_padded_sequence itself."""
+    module = make(name, device, **STACKED)
+    inputs = []
+    for lengths in ((5, 3, 2), (6, 4, 3, 2), (9, 9), (7, 5, 1, 1, 1)):
+        packed = pack_sequence([torch.randn(length, 3, device=device) for length in lengths])
+        state = (torch.randn(4, len(lengths), 4, device=device),) if states else ()
+        inputs.append((packed.data, packed.batch_sizes, *state))
+
+    def run(data, batch_sizes, *states):
+        hx = None
+        if states:
+            hx = (*states, *states) if name == "LSTM" else states[0]
+        y, *finals = flat(module(PackedSequence(data, batch_sizes), hx))
+        return y.data, *finals
+
+    assert_compiles(run, module, inputs, training)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", CELLS)
+def test_cells(name, training, device):
+    module = make(name, device)
+
+    def run(x, h):
+        hx = (h, h.cos()) if name == "LSTMCell" else h
+        steps = []
+        for _ in range(2):
+            hx = module(x, hx)
+            steps += hx if name == "LSTMCell" else [hx]
+        return steps
+
+    inputs = [(torch.randn(n, 3, device=device), torch.randn(n, 4, device=device)) for n in (2, 3, 5)]
+    assert_compiles(run, module, inputs, training)
+
+
+def test_one_graph_for_marked_dimensions(device):
+    module = make("LSTM", device)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(module, fullgraph=True, backend=counter)
+    for shape in ((5, 2), (7, 3), (30, 40)):
+        x = torch.randn(*shape, 3, device=device)
+        torch._dynamo.mark_dynamic(x, (0, 1))
+        assert torch.equal(compiled(x)[0], module(x)[0])
+    assert counter.frame_count == 1
+
+
+def test_autocast(device):
+    module = make("LSTM", device, **STACKED)
+
+    def run(x):
+        with torch.autocast(device.type, torch.bfloat16):
+            return flat(module(x))
+
+    inputs = [(torch.randn(*shape, 3, device=device),) for shape in ((5, 2), (7, 3))]
+    assert_compiles(run, module, inputs, training=True)
+
+
+def test_patched_program(device):
+    """torch.compile looks torch.nn's names up and refuses their instances, unless told not to."""
+    assert not torch._dynamo.config.allow_rnn
+    with fusedrnn.patch():
+        with fusedrnn.patch():
+            module = nn.Sequential(nn.LSTM(3, 4, 2)).to(device)
+        inputs = [(torch.randn(*shape, 3, device=device),) for shape in ((5, 2), (7, 3))]
+        assert_compiles(lambda x: flat(module(x)), module, inputs, training=True)
+    assert not torch._dynamo.config.allow_rnn
+    torch._dynamo.reset()
+    assert_compiles(lambda x: flat(module(x)), module, inputs, training=True)
+
+
+def test_inductor(device):
+    module = make("GRU", device, **STACKED)
+    compiled = torch.compile(module, fullgraph=True, dynamic=True)
+    for shape in ((5, 2), (7, 3)):
+        x = torch.randn(*shape, 3, device=device)
+        found, expected = (results(lambda x, m=m: flat(m(x)), module, x) for m in (compiled, module))
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+# ---- ahead of time ---------------------------------------------------------------------------------
+
+
+class Tagger(nn.Module):
+    """What is exported: layers of ours among others."""
+
+    def __init__(self, name, **options):
+        super().__init__()
+        self.rnn = getattr(fusedrnn, name)(3, 4, **STACKED, **options)
+        self.score = nn.Linear(2 * options.get("proj_size", 4), 2)
+
+    def forward(self, x):
+        y, _ = self.rnn(x)
+        return self.score(y)
+
+
+class PackedTagger(Tagger):
+    def forward(self, data, batch_sizes):
+        y, _ = self.rnn(PackedSequence(data, batch_sizes))
+        return self.score(y.data)
+
+
+def ops_of(program):
+    return [n.target for n in program.graph.nodes if getattr(n.target, "namespace", None) == "fusedrnn"]
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("name, options", MODULES)
+def test_export(name, options, strict, gradients, device, tmp_path):
+    model = Tagger(name, **options).to(device)
+    dynamic = {"x": {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}}
+    with torch.set_grad_enabled(gradients):
+        program = export(model, (torch.randn(5, 2, 3, device=device),), dynamic_shapes=dynamic, strict=strict)
+    torch.export.save(program, tmp_path / "model.pt2")
+    program = torch.export.load(tmp_path / "model.pt2")
+    if not gradients:
+        assert len(ops_of(program)) == 2
+    for shape in ((5, 2), (9, 4)):
+        x = torch.randn(*shape, 3, device=device)
+        assert torch.equal(program.module()(x), model(x))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("name", ["LSTM", "GRU"])
+def test_export_packed(name, strict, device):
+    model = PackedTagger(name).to(device)
+    pack = lambda lengths: pack_sequence([torch.randn(n, 3, device=device) for n in lengths])[:2]  # noqa: E731
+    with torch.no_grad():
+        program = export(model, pack((5, 3, 2)), dynamic_shapes=({0: Dim.DYNAMIC},) * 2, strict=strict)
+    for lengths in ((5, 3, 2), (8, 3, 2, 2)):
+        arguments = pack(lengths)
+        assert torch.equal(program.module()(*arguments), model(*arguments))
+
+
+RUN_PACKAGE = """
+import sys, torch
+library, package, data = sys.argv[1:]
+torch.ops.load_library(library)
+run = torch._inductor.aoti_load_package(package)
+for x, expected in torch.load(data):
+    torch.testing.assert_close(run(x), expected)
+assert "fusedrnn" not in sys.modules
+"""
+
+
+def test_aot_inductor(device, tmp_path):
+    """A package runs where there is only the ops' library, at other sizes than it was compiled at."""
+    model = Tagger("LSTM").to(device).requires_grad_(False)
+    sizes = {0: Dim("T", min=2, max=64), 1: Dim("N", min=2, max=64)}
+    program = export(model, (torch.randn(5, 2, 3, device=device),), dynamic_shapes={"x": sizes})
+    package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+    xs = [torch.randn(*shape, 3, device=device) for shape in ((5, 2), (9, 4))]
+    torch.save([(x, model(x)) for x in xs], tmp_path / "data.pt")
+    library = ops._LIB / f"libfusedrnn{'_cuda' if device.type == 'cuda' else ''}{ops._SUFFIX}"
+    command = [sys.executable, "-c", RUN_PACKAGE, str(library), package, str(tmp_path / "data.pt")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
