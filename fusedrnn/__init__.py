@@ -8,7 +8,7 @@
 Derivatives of any order work; no gradient, no memory for one.
 """
 
-from . import functional, ops, reference
+from . import functional, onnx, ops, reference
 from .cells import GRUCell, LSTMCell, RNNCell
 from .convert import convert, patch
 from .migrate import convert_gru_weights, load_keras_weights, load_onnx_weights
@@ -27,6 +27,7 @@ __all__ = [
     "functional",
     "load_keras_weights",
     "load_onnx_weights",
+    "onnx",
     "ops",
     "patch",
     "reference",
