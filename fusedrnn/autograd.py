@@ -199,7 +199,10 @@ class DualLayerBackward(LayerBackward):
 
 def apply(*arguments: Any) -> tuple[Tensor, ...]:
     """:class:`Layer`'s ``apply``, in forward mode :class:`DualLayer`'s."""
-    return (Layer if forward_ad._current_level < 0 else DualLayer).apply(*arguments)
+    forward_mode = forward_ad._current_level >= 0
+    if torch.compiler.is_compiling() and (forward_mode or torch._C._are_functorch_transforms_active()):
+        torch._dynamo.graph_break("torch.compile does not transform autograd.Functions")
+    return (DualLayer if forward_mode else Layer).apply(*arguments)
 
 
 def _apply_backward(*arguments: Any) -> tuple[Tensor | None, ...]:

@@ -41,6 +41,8 @@ def rule(
         places, result_places: where the batch is in each argument and, flat, in each result.
         one_by_one: whether something that has no batch differs from entry to entry.
     """
+    if size == 0:
+        raise ValueError("fusedrnn: vmap needs a mapped dimension of at least one entry, got 0")
     flat, arguments_spec = tree_flatten(tuple(arguments))
     dims, places = tree_flatten(dims)[0], tree_flatten(tuple(places))[0]
     if one_by_one or any(d is not None and p in (NOWHERE, SIZES) for d, p in zip(dims, places, strict=True)):

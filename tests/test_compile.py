@@ -9,7 +9,9 @@ from test_gradients import MODULES, flat, make_modules
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.export import Dim, export
+from torch.func import functional_call, grad, jvp, vmap
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
+from torch.utils._pytree import tree_leaves
 
 import fusedrnn
 from fusedrnn import ops
@@ -135,6 +137,24 @@ def test_patched_program(device):
     assert not torch._dynamo.config.allow_rnn
     torch._dynamo.reset()
     assert_compiles(lambda x: flat(module(x)), module, inputs, training=True)
+
+
+def test_transforms_run_outside_of_the_graph(device):
+    """Dynamo can't trace torch.func's transforms of an autograd.Function."""
+    module = make("LSTM", device)
+    parameters = {n: p.detach() for n, p in module.named_parameters()}
+    x = torch.randn(4, 5, 2, 3, device=device)
+
+    def loss(parameters, x):
+        return functional_call(module, parameters, x)[0].pow(2).sum()
+
+    for transformed in (
+        lambda: vmap(module)(x),
+        lambda: vmap(grad(loss), (None, 0))(parameters, x),
+        lambda: jvp(lambda x: module(x)[0], (x[0],), (x[1],)),
+    ):
+        found, expected = (tree_leaves(f()) for f in (torch.compile(transformed, backend="aot_eager"), transformed))
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_inductor(device):

@@ -242,6 +242,17 @@ def test_ensemble(name, options, device):
         assert_same([p.grad[k] for p in parameters.values()], [p.grad for p in model.parameters()])
 
 
+def test_vmap_of_single_sequences(device):
+    """Of models written for one sequence; of nothing, an error."""
+    module = fusedrnn.LSTM(3, 4, num_layers=2, device=device)
+    x = torch.randn(ENTRIES, 5, 3, device=device)
+    found, expected = vmap(module)(x), module(x.transpose(0, 1))
+    assert torch.equal(found[0], expected[0].transpose(0, 1))
+    assert torch.equal(found[1][1], expected[1][1].transpose(0, 1))
+    with pytest.raises(ValueError, match="at least one entry"):
+        vmap(module)(x[:0])
+
+
 def test_dropout_of_mapped_entries(device):
     """The mapped entries get masks of their own, or the same, as vmap is told."""
     module = fusedrnn.GRU(3, 4, num_layers=2, dropout=0.5, device=device)
