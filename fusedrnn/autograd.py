@@ -200,7 +200,7 @@ class DualLayerBackward(LayerBackward):
 def apply(*arguments: Any) -> tuple[Tensor, ...]:
     """:class:`Layer`'s ``apply``, in forward mode :class:`DualLayer`'s."""
     forward_mode = forward_ad._current_level >= 0
-    if torch.compiler.is_compiling() and (forward_mode or torch._C._are_functorch_transforms_active()):
+    if (forward_mode or torch._C._are_functorch_transforms_active()) and torch.compiler.is_compiling():
         torch._dynamo.graph_break("torch.compile does not transform autograd.Functions")
     return (DualLayer if forward_mode else Layer).apply(*arguments)
 
