@@ -9,11 +9,12 @@ BENCH ?= --quick
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := pyproject.toml setup.py $(wildcard tools/*.py csrc/*.* csrc/*/*.*)
-CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
+CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh tests/cuda_host/*)
+CUDA_HOST := tests/test_ops.py tests/test_ops_edges.py tests/test_cuda.py
 SANITIZERS = $(foreach name,asan stdc++,$(shell $(CXX) -print-file-name=lib$(name).so))
 TORCH_STAMP := $(VENV)/.torch-$(shell printf %s '$(TORCH)' | tr -c 'A-Za-z0-9.' _)
 
-.PHONY: help test bench docs lint format asan clean
+.PHONY: help test bench docs lint format asan cuda-host mutants gpu clean
 .DELETE_ON_ERROR:
 
 help:
@@ -21,7 +22,9 @@ help:
 	@echo "make bench    install, time fusedrnn against its peers, train the demo   (BENCH=: the full benchmark)"
 	@echo "make lint     ruff, clang-format and mypy;  make format  lets the first two change the files"
 	@echo "make docs     draw the pictures and build the documentation: build/docs/index.html"
-	@echo "make asan     the kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer"
+	@echo "make asan cuda-host mutants gpu     the kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer"
+	@echo "make cuda-host  the CUDA kernels' tests on the CPU, no GPU needed;  make mutants  what those tests would catch"
+	@echo "make gpu      on a machine with a GPU: build, test, compute-sanitizer, benchmark against cuDNN"
 	@echo "make clean    remove $(VENV) and what was built"
 	@echo "PYTHON=$(PYTHON)  TORCH=$(TORCH)  VENV=$(VENV)"
 
@@ -64,10 +67,22 @@ format: $(VENV)/.dev
 	$(BIN)/clang-format -i $(CPP)
 
 # Python itself isn't instrumented, so the runtime comes first by LD_PRELOAD, and its leaks are not ours.
+UNDER_ASAN = PYTHONPATH=build/asan:tools LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 \
+  UBSAN_OPTIONS=print_stacktrace=1 $(BIN)/pytest -q -p sanitized
 asan: $(VENV)/.dev
 	CXX="$(CXX)" FUSEDRNN_SANITIZE=address,undefined $(BIN)/python setup.py -q build --build-lib build/asan
-	PYTHONPATH=build/asan:tools LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	  $(BIN)/pytest -q -p sanitized --every 11 tests/test_ops.py tests/test_ops_edges.py $(ARGS)
+	$(UNDER_ASAN) --every 11 tests/test_ops.py tests/test_ops_edges.py $(ARGS)
+	$(UNDER_ASAN) -p cuda_host --ops fusedrnn_cuda_host --every 41 $(CUDA_HOST) $(ARGS)
+
+# Every thread of a block is a fiber, in an order that differs from test to test.
+cuda-host: $(VENV)/.test
+	PYTHONPATH=tools $(BIN)/pytest -q -p cuda_host --ops fusedrnn_cuda_host --every 5 $(CUDA_HOST) $(ARGS)
+
+mutants: $(VENV)/.test
+	PYTHONPATH=tools $(BIN)/python tools/mutants.py
+
+gpu:
+	bash bench/gpu_check.sh
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info fusedrnn/lib fusedrnn/_C.*.so .*_cache .hypothesis

@@ -180,7 +180,9 @@ class Plan:
         words = [*nvcc.command, "-shared", "-cudart", "static", "-o", "$out", "$in"]
         for word in ("--as-needed", "-soname=libfusedrnn_cuda.so", "-rpath=$ORIGIN"):
             words += ["-Xlinker", word]
-        rule = self.ninja.rule("link_cuda", [*words, f"-L{library.parent}", "-lfusedrnn", *self.torch_libraries])
+        words += [f"-L{library.parent}", "-lfusedrnn", *self.torch_libraries]
+        # libtorch.so leads to libtorch_cuda.so, which a CPU build of torch lacks.
+        rule = self.ninja.rule("link_cuda", [*words, "-Xlinker", "--no-as-needed", "-ltorch"])
         return self.ninja.build(library.with_name("libfusedrnn_cuda.so"), rule, objects, library)
 
     def python_module(self, library: Path) -> Path:

@@ -1,12 +1,13 @@
 """The CUDA kernels built for the CPU (tests/cuda_host), as ops ``torch.ops.fusedrnn_cuda_host.*`` on CPU tensors.
 
 A pytest plugin: ``pytest -p cuda_host --ops fusedrnn_cuda_host`` builds and loads them.
-``--mutate FILE:OLD:NEW`` builds them with a change to one file under csrc/cuda: a test of the tests.
+``--mutate '[FILE, OLD, NEW]'`` (JSON) builds them with a change to one file under csrc/cuda, as tools/mutants.py does.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -63,7 +64,7 @@ def build(lib: Path, sanitize: str = "", mutation: tuple[str, str, str] | None =
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--mutate", help="FILE:OLD:NEW, a change to a file under csrc/cuda")
+    parser.addoption("--mutate", help="JSON [FILE, OLD, NEW], a change to a file under csrc/cuda")
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
@@ -75,5 +76,5 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     mutation = session.config.getoption("--mutate")
     lib = Path(fusedrnn.__file__).parent / "lib"
     torch.ops.load_library(
-        build(lib, _C.build_info()["sanitize"] or "", tuple(mutation.split(":")) if mutation else None)
+        build(lib, _C.build_info()["sanitize"] or "", tuple(json.loads(mutation)) if mutation else None)
     )

@@ -1,0 +1,45 @@
+"""Breaks the CUDA kernels in one place after another and shows that their tests on the CPU fail each time.
+
+Run by ``make mutants``. Exit status 1 if a mutant survives.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+TESTS = ["tests/test_ops.py", "tests/test_cuda.py", "-k", "test_plans_agree or (test_ragged_shapes and bfloat16)"]
+
+MUTANTS = [
+    ("no barrier before the sums are read", "stepwise.cuh", "}, d.w_hh.row);\n    sync_block();", "}, d.w_hh.row);"),
+    ("no meeting between forward steps", "stepwise.cuh", "if (s + 1 < p.range.last) meeting.meet();", ""),
+    ("no meeting between backward steps", "stepwise.cuh", "if (s > p.range.first) meeting.meet();", ""),
+    ("a meeting doesn't wait", "stepwise.cuh", "wait_for(counter_, target_);", ""),
+    ("a meeting doesn't signal", "stepwise.cuh", "signal(counter_);", ""),
+    ("h goes to the buffer that is being read", "stepwise.cuh", "d.h[(s + 1) % 2].at(n)", "d.h[s % 2].at(n)"),
+    ("two operands of mma swapped", "tile.cuh", "a[1].word[0], a[0].word[1]", "a[0].word[1], a[1].word[0]"),
+    ("backward reads the wrong step", "stepwise.cuh", "next_row = d.steps.first_row(s + 1);", "next_row = d.steps.first_row(s);"),
+    ("weights used before they are kept", "stepwise.cuh", "Step::keep_weights(p, d, at);\n    sync_block();\n  }\n  for (int64_t s = p.range.first", "Step::keep_weights(p, d, at);\n  }\n  for (int64_t s = p.range.first"),
+    ("rows that start late lose their h0", "layer_cuda.cu", "h0_ && i < 2", "h0_ && i < 1"),
+]  # fmt: skip
+
+
+def main() -> int:
+    survivors = []
+    for what, file, old, new in MUTANTS:
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "cuda_host", "--ops", "fusedrnn_cuda_host", *TESTS]
+        done = subprocess.run([*command, "--mutate", json.dumps([file, old, new])], capture_output=True, text=True)
+        # 1: a test failed. Negative, or an abort: the kernel deadlocked.
+        caught = done.returncode in (1, -6) and "AssertionError: " not in done.stderr
+        sys.stdout.write(f"{'caught  ' if caught else 'SURVIVED'}  {what} ({Path(file).name})\n")
+        if not caught:
+            survivors.append(what)
+            sys.stdout.write(done.stdout[-2000:] + done.stderr[-2000:])
+        sys.stdout.flush()
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
