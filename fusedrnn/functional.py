@@ -11,7 +11,7 @@ Under :class:`torch.autocast` the input, the states and the weights are cast to 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence
 
 from . import autograd, ops
+from .rows import Lengths, Segments, of_nested, of_padded
 
 States = tuple[Tensor, ...]  # (h,) or (h, c)
 
@@ -26,6 +27,40 @@ States = tuple[Tensor, ...]  # (h,) or (h, c)
 ARGUMENT_ERRORS = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 autocast_enabled = torch._C._is_any_autocast_enabled
+
+
+@overload
+def lstm(
+    input: Tensor | PackedSequence,
+    weights: Sequence[Tensor],
+    hx: tuple[Tensor, Tensor] | None = None,
+    *,
+    num_layers: int = ...,
+    bidirectional: bool = ...,
+    batch_first: bool = ...,
+    dropout: float = ...,
+    training: bool = ...,
+    lengths: Lengths | None = ...,
+    reset: Tensor | None = ...,
+    return_cell_states: Literal[False] = ...,
+) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]: ...
+
+
+@overload
+def lstm(
+    input: Tensor | PackedSequence,
+    weights: Sequence[Tensor],
+    hx: tuple[Tensor, Tensor] | None = None,
+    *,
+    num_layers: int = ...,
+    bidirectional: bool = ...,
+    batch_first: bool = ...,
+    dropout: float = ...,
+    training: bool = ...,
+    lengths: Lengths | None = ...,
+    reset: Tensor | None = ...,
+    return_cell_states: Literal[True],
+) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor], Tensor | PackedSequence]: ...
 
 
 def lstm(
@@ -38,7 +73,10 @@ def lstm(
     batch_first: bool = False,
     dropout: float = 0.0,
     training: bool = False,
-) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
+    lengths: Lengths | None = None,
+    reset: Tensor | None = None,
+    return_cell_states: bool = False,
+) -> Any:
     """A multi-layer LSTM, ``torch.nn.LSTM`` without the module.
 
     For each layer, with ``*`` elementwise (formulas of :class:`torch.nn.LSTM`)::
@@ -49,8 +87,9 @@ def lstm(
         h       = o * tanh(c)            (then W_hr h, if projected)
 
     Args:
-        input: ``[T, N, I]``, ``[N, T, I]`` if ``batch_first``, ``[T, I]`` for a single sequence, or
-            a ``PackedSequence``. float32, float64, bfloat16 or float16, as all the others.
+        input: ``[T, N, I]``, ``[N, T, I]`` if ``batch_first``, ``[T, I]`` for a single sequence, a
+            ``PackedSequence``, or a nested tensor of the jagged layout ``[N, (lengths), I]``
+            (whatever ``batch_first`` says). float32, float64, bfloat16 or float16, as all the others.
         weights: ``w_ih [4H, I], w_hh [4H, P][, b_ih [4H], b_hh [4H]][, w_hr [P, H]]`` of each layer
             and direction; gates in the order i f g o. P is H unless projected; after the first
             layer I is ``D * P``.
@@ -58,17 +97,31 @@ def lstm(
             by default. L layers, D directions.
         num_layers, bidirectional, batch_first: as in :class:`torch.nn.LSTM`.
         dropout: probability of zeroing an element between layers, if ``training``.
+        lengths: integers ``[N]`` from 0 to T, how many steps of padded input each sequence has. The
+            result is that of packing: nothing is computed for the padding, whose output is 0, and
+            the final states are those after the last step (``hx`` where there is none).
+        reset: bool ``[T, N]`` (``[N, T]`` if ``batch_first``, ``[T]`` for a single sequence): where
+            True, the state is zeros before the step, as if a new sequence began there; backwards
+            in time, after the step. With both, any device will do; from a GPU they are copied to
+            the host, which waits for it.
+        return_cell_states: also return c of every step, as is ``output`` for h.
 
     Returns:
-        ``output`` (as the input, with ``D * P`` features) and ``(h_n, c_n)``, shaped as ``hx``.
+        ``output`` (as the input, with ``D * P`` features) and ``(h_n, c_n)``, shaped as ``hx``; with
+        ``return_cell_states`` also the last layer's c (as the input, with ``D * H`` features).
 
     Raises:
         ValueError: the input's number of dimensions, its dtype (unlike the weights'), or the number
-            of weights is wrong.
-        RuntimeError: sizes disagree, or the sequence is empty.
+            of weights is wrong; ``lengths`` or ``reset`` for input that isn't padded.
+        TypeError: ``lengths`` are no integers, ``reset`` no bool tensor.
+        RuntimeError: sizes disagree, a length is not from 0 to T, or the sequence is empty.
     """
-    output, (h_n, c_n) = _call("lstm", input, hx, weights, num_layers, bidirectional, batch_first, dropout * training)
-    return output, (h_n, c_n)
+    outputs, (h_n, c_n) = _call(
+        "lstm", input, hx, weights, num_layers, bidirectional, batch_first, dropout * training,
+        lengths, reset, return_cell_states,
+    )  # fmt: skip
+    output, *cell_states = outputs
+    return output, (h_n, c_n), *cell_states
 
 
 def gru(
@@ -81,6 +134,8 @@ def gru(
     batch_first: bool = False,
     dropout: float = 0.0,
     training: bool = False,
+    lengths: Lengths | None = None,
+    reset: Tensor | None = None,
 ) -> tuple[Tensor | PackedSequence, Tensor]:
     """A multi-layer GRU, ``torch.nn.GRU`` without the module.
 
@@ -93,9 +148,11 @@ def gru(
         h = (1 - z) * n + z * h_prev
 
     Args, results and errors are those of :func:`lstm`, with three gates in the order r z n, no
-    projection, and ``hx`` a tensor ``h_0 [L*D, N, H]``; returns ``output, h_n``.
+    projection, no cell states, and ``hx`` a tensor ``h_0 [L*D, N, H]``; returns ``output, h_n``.
     """
-    output, (h_n,) = _call("gru", input, hx, weights, num_layers, bidirectional, batch_first, dropout * training)
+    (output,), (h_n,) = _call(
+        "gru", input, hx, weights, num_layers, bidirectional, batch_first, dropout * training, lengths, reset
+    )
     return output, h_n
 
 
@@ -110,6 +167,8 @@ def rnn(
     batch_first: bool = False,
     dropout: float = 0.0,
     training: bool = False,
+    lengths: Lengths | None = None,
+    reset: Tensor | None = None,
 ) -> tuple[Tensor | PackedSequence, Tensor]:
     """A multi-layer Elman RNN, ``torch.nn.RNN`` without the module.
 
@@ -122,14 +181,17 @@ def rnn(
     if nonlinearity not in ("tanh", "relu"):
         raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
     cell = f"rnn_{nonlinearity}"
-    output, (h_n,) = _call(cell, input, hx, weights, num_layers, bidirectional, batch_first, dropout * training)
+    (output,), (h_n,) = _call(
+        cell, input, hx, weights, num_layers, bidirectional, batch_first, dropout * training, lengths, reset
+    )
     return output, h_n
 
 
 def in_torch_words(forward: Any, module: Any, input: Any, hx: Any, error: Exception) -> Exception:
     """What torch.nn's ``forward`` raises for the arguments that gave ``error``, or else that."""
     transformed = torch._C._are_functorch_transforms_active()  # torch.nn knows fewer of them
-    if transformed or isinstance(error, torch.OutOfMemoryError):
+    nested = isinstance(input, Tensor) and input.is_nested  # and none of these
+    if transformed or nested or isinstance(error, torch.OutOfMemoryError):
         return error
     try:
         with torch.no_grad():
@@ -182,8 +244,12 @@ def layer(
     weights: Sequence[Tensor],
     batch_sizes: Tensor | None,
     directions: int,
+    every_c: bool = False,
 ) -> tuple[Tensor, ...]:
-    """One layer as the ops take it: ``y, h_n, c_n, ...``; saves nothing if no gradient is due."""
+    """One layer as the ops take it: ``y, h_n, c_n, gates, cells``.
+
+    Saves nothing if no gradient is due; then ``cells`` is there only if ``every_c``.
+    """
     if forward_ad._current_level >= 0 or (
         torch.is_grad_enabled()
         and (
@@ -194,8 +260,8 @@ def layer(
             or torch._C._are_functorch_transforms_active()  # requires_grad doesn't tell of them
         )
     ):
-        return autograd.apply(cell, directions, batch_sizes, False, x, h0, c0, *weights)
-    return ops.forward[cell](x, h0, c0, weights, batch_sizes, directions, False, ops.tf32(x))
+        return autograd.apply(cell, directions, batch_sizes, every_c, x, h0, c0, *weights)
+    return ops.forward[cell](x, h0, c0, weights, batch_sizes, directions, every_c, ops.tf32(x))
 
 
 def network(
@@ -207,12 +273,20 @@ def network(
     directions: int,
     batch_first: bool,
     dropout: float,
-) -> tuple[Any, States]:
-    """The functions' and the modules' common part: any input torch.nn takes, through all layers."""
+    lengths: Lengths | None = None,
+    reset: Tensor | None = None,
+    every_c: bool = False,
+) -> tuple[tuple[Any, ...], States]:
+    """The functions' and the modules' common part: any input through all layers.
+
+    Returns the outputs (every h of the last layer and, if ``every_c``, every c of it), and the states.
+    """
     states: States | None = None
     if hx is not None:
         states = tuple(hx) if cell == "lstm" else (hx,)
+    options = (num_layers, directions, dropout, every_c)
     if isinstance(input, PackedSequence):
+        _refuse_lengths(lengths, reset)
         data, batch_sizes, sorted_indices, unsorted_indices = input
         if states is not None and sorted_indices is not None:
             states = tuple([s.index_select(1, sorted_indices) for s in states])
@@ -225,10 +299,20 @@ def network(
         expected = _check_sizes(cell, data, states, weights, num_layers * directions, batch, 2)
         if states is None:
             states = tuple([data.new_zeros(e) for e in expected])
-        y, finals = stack(cell, data, states, weights, batch_sizes, num_layers, directions, dropout)
+        outputs, finals = stack(cell, data, states, weights, batch_sizes, *options)
         if unsorted_indices is not None:
             finals = tuple([s.index_select(1, unsorted_indices) for s in finals])
-        return PackedSequence(y, batch_sizes, sorted_indices, unsorted_indices), finals
+        return tuple([PackedSequence(t, batch_sizes, sorted_indices, unsorted_indices) for t in outputs]), finals
+
+    if input.is_nested:
+        _refuse_lengths(lengths, reset)
+        if input.layout != torch.jagged or input.dim() != 3 or isinstance(input.shape[1], int):
+            raise ValueError("Expected a nested tensor of the jagged layout and shape [N, (lengths), I]")
+        data = input.values()
+        _check_sizes(cell, data, states, weights, num_layers * directions, input.shape[0], 2)
+        outputs, finals = _by_segments(of_nested(input, directions), cell, data, states, weights, *options)
+        nested = torch.nested.nested_tensor_from_jagged
+        return tuple([nested(t, input.offsets(), input.lengths()) for t in outputs]), finals
 
     _check_dimensions(cell, input, states)
     batched, batch_dim = input.dim() == 3, 0 if batch_first else 1
@@ -236,18 +320,33 @@ def network(
     if not batched:
         x = x.unsqueeze(batch_dim)
         states = None if states is None else tuple([s.unsqueeze(1) for s in states])
+        lengths = None if lengths is None else torch.as_tensor(lengths).unsqueeze(0)
+        reset = None if reset is None else torch.as_tensor(reset).unsqueeze(batch_dim)
     batch = x.shape[batch_dim]
     _check_sizes(cell, x, states, weights, num_layers * directions, batch, 3)
-    if batch_first:
-        x = x.transpose(0, 1)
-    if x.shape[0] == 0:
+    if x.shape[1 - batch_dim] == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-    y, finals = stack(cell, x, states, weights, None, num_layers, directions, dropout)
-    if batch_first:
-        y = y.transpose(0, 1)
+    if lengths is None and reset is None:
+        outputs, finals = stack(cell, x.transpose(0, 1) if batch_first else x, states, weights, None, *options)
+        if batch_first:
+            outputs = tuple([t.transpose(0, 1) for t in outputs])
+    else:
+        parts = of_padded(x, lengths, reset, batch_first, directions)
+        outputs, finals = _by_segments(parts, cell, x.flatten(0, 1), states, weights, *options)
+        outputs = tuple([t.unflatten(0, x.shape[:2]) for t in outputs])
     if not batched:
-        y, finals = y.squeeze(batch_dim), tuple([s.squeeze(1) for s in finals])
-    return y, finals
+        outputs, finals = tuple([t.squeeze(batch_dim) for t in outputs]), tuple([s.squeeze(1) for s in finals])
+    return outputs, finals
+
+
+def _by_segments(
+    parts: Segments, cell: str, x: Tensor, states: States | None, weights: Sequence[Tensor], *options: Any
+) -> tuple[tuple[Tensor, ...], States]:
+    """The layers on ``x [rows, I]`` in the order of the input, packed by its segments in between."""
+    own = states and tuple([parts.initial_state(s) for s in states])
+    outputs, finals = stack(cell, parts.gather(x), own, weights, parts.batch_sizes, *options)
+    finals = tuple([parts.final_state(s, i) for s, i in zip(finals, states or (None, None), strict=False)])
+    return tuple([parts.scatter(t, x.shape[0]) for t in outputs]), finals
 
 
 def stack(
@@ -259,8 +358,9 @@ def stack(
     num_layers: int,
     directions: int,
     dropout: float,
-) -> tuple[Tensor, States]:
-    """All the layers on time-major or packed ``x``, under autocast in its dtype."""
+    every_c: bool = False,
+) -> tuple[tuple[Tensor, ...], States]:
+    """All the layers on time-major or packed ``x``, under autocast in its dtype; results as in :func:`network`."""
     device = x.device.type
     if autocast_enabled() and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
@@ -269,7 +369,7 @@ def stack(
             weights = _cast(weights, dtype)
             return stack(
                 cell, x, states and tuple(states_), weights, batch_sizes, num_layers, directions,
-                dropout,
+                dropout, every_c,
             )  # fmt: skip
     count = len(weights) // num_layers
     finals: list[States] = []
@@ -280,16 +380,24 @@ def stack(
         if num_layers > 1:
             own = tuple([s[k * directions : (k + 1) * directions] for s in own])
         h0, c0 = (*own, None, None)[:2]
-        x, h_n, c_n, *_ = layer(cell, x, h0, c0, weights[k * count : (k + 1) * count], batch_sizes, directions)
+        own_weights = weights[k * count : (k + 1) * count]
+        wanted = every_c and k == num_layers - 1
+        x, h_n, c_n, _, cells = layer(cell, x, h0, c0, own_weights, batch_sizes, directions, wanted)
         finals.append((h_n, c_n) if cell == "lstm" else (h_n,))
+    outputs = (x, cells.to(x.dtype).view(*x.shape[:-1], directions * cells.shape[-1])) if every_c else (x,)
     if num_layers == 1:
-        return x, finals[0]
-    return x, tuple([torch.cat(s) for s in zip(*finals, strict=True)])
+        return outputs, finals[0]
+    return outputs, tuple([torch.cat(s) for s in zip(*finals, strict=True)])
 
 
 def _cast(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """What autocast does to arguments: float64 and integers stay."""
     return [t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors]
+
+
+def _refuse_lengths(lengths: Lengths | None, reset: Tensor | None) -> None:
+    if lengths is not None or reset is not None:
+        raise ValueError("lengths and reset are for padded input, not for a PackedSequence or a nested tensor")
 
 
 def _check_dimensions(cell: str, x: Tensor, states: States | None) -> None:
@@ -349,9 +457,10 @@ def _call(
     bidirectional: bool,
     batch_first: bool,
     dropout: float,
-) -> tuple[Any, States]:
+    *options: Any,
+) -> tuple[tuple[Any, ...], States]:
     directions = 2 if bidirectional else 1
     count, rest = divmod(len(weights), num_layers * directions)
     if rest or count not in ((2, 3, 4, 5) if cell == "lstm" else (2, 4)):
         raise ValueError(f"{cell}: got {len(weights)} weights for {num_layers} layers of {directions} directions")
-    return network(cell, input, hx, weights, num_layers, directions, batch_first, dropout)
+    return network(cell, input, hx, weights, num_layers, directions, batch_first, dropout, *options)

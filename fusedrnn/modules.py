@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from operator import itemgetter
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import ops
 from .functional import ARGUMENT_ERRORS, States, autocast_enabled, in_torch_words, layer, network, pair
+from .rows import Lengths
 
 # Taken now: patch() rebinds the names.
 _NN_RNN, _NN_LSTM, _NN_GRU = torch.nn.RNN, torch.nn.LSTM, torch.nn.GRU
@@ -57,7 +58,7 @@ class FusedBase(torch.nn.RNNBase):
     def _weights_by_name(self) -> Sequence[Tensor]:
         return [getattr(self, name) for name in self._flat_weights_names]
 
-    def _network(self, input: Any, hx: Any) -> tuple[Any, States]:
+    def _network(self, input: Any, hx: Any, *options: Any) -> tuple[tuple[Any, ...], States]:
         return network(
             _CELL[self.mode],
             input,
@@ -67,6 +68,7 @@ class FusedBase(torch.nn.RNNBase):
             2 if self.bidirectional else 1,
             self.batch_first,
             self.dropout if self.training else 0.0,
+            *options,
         )
 
 
@@ -74,19 +76,27 @@ class _OneState(FusedBase):
     """RNN and GRU: the state is h alone."""
 
     @overload
-    def forward(self, input: Tensor, hx: Tensor | None = None) -> tuple[Tensor, Tensor]: ...
+    def forward(
+        self, input: Tensor, hx: Tensor | None = None, *, lengths: Lengths | None = None, reset: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]: ...
 
     @overload
     def forward(self, input: PackedSequence, hx: Tensor | None = None) -> tuple[PackedSequence, Tensor]: ...
 
-    def forward(self, input: Any, hx: Tensor | None = None) -> tuple[Any, Tensor]:
-        """Runs the network; arguments, results and errors are torch.nn's (see the class)."""
+    def forward(
+        self, input: Any, hx: Tensor | None = None, *, lengths: Lengths | None = None, reset: Tensor | None = None
+    ) -> tuple[Any, Tensor]:
+        """Runs the network; arguments, results and errors are torch.nn's (see the class), and ``lengths``
+        and ``reset`` those of :func:`fusedrnn.functional.lstm`."""
         try:
             # The plain case in as few Python steps as it takes; the op checks the arguments.
             if (
                 type(input) is Tensor
                 and self.num_layers == 1
                 and input.dim() == 3
+                and not input.is_nested
+                and lengths is None
+                and reset is None
                 and not autocast_enabled()
                 and not _is_compiling()
             ):
@@ -101,7 +111,7 @@ class _OneState(FusedBase):
                         result = _eager[cell](x, hx, None, weights, None, directions, False, ops.tf32(x))
                     y = result[0]
                     return (y.transpose(0, 1) if self.batch_first else y), result[1]
-            output, (h_n,) = self._network(input, hx)
+            (output,), (h_n,) = self._network(input, hx, lengths, reset)
             return output, h_n
         except ARGUMENT_ERRORS as error:
             raise in_torch_words(self._torch_forward, self, input, hx, error) from None
@@ -246,21 +256,55 @@ class LSTM(FusedBase):
 
     @overload
     def forward(
-        self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
+        self,
+        input: Tensor,
+        hx: tuple[Tensor, Tensor] | None = None,
+        *,
+        lengths: Lengths | None = None,
+        reset: Tensor | None = None,
+        return_cell_states: Literal[False] = False,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]: ...
 
     @overload
     def forward(
-        self, input: PackedSequence, hx: tuple[Tensor, Tensor] | None = None
+        self,
+        input: PackedSequence,
+        hx: tuple[Tensor, Tensor] | None = None,
+        *,
+        return_cell_states: Literal[False] = False,
     ) -> tuple[PackedSequence, tuple[Tensor, Tensor]]: ...
 
-    def forward(self, input: Any, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Any, tuple[Tensor, Tensor]]:
-        """Runs the network; arguments, results and errors are torch.nn's (see the class)."""
+    @overload
+    def forward(
+        self,
+        input: Any,
+        hx: tuple[Tensor, Tensor] | None = None,
+        *,
+        lengths: Lengths | None = None,
+        reset: Tensor | None = None,
+        return_cell_states: Literal[True],
+    ) -> tuple[Any, tuple[Tensor, Tensor], Any]: ...
+
+    def forward(
+        self,
+        input: Any,
+        hx: tuple[Tensor, Tensor] | None = None,
+        *,
+        lengths: Lengths | None = None,
+        reset: Tensor | None = None,
+        return_cell_states: bool = False,
+    ) -> Any:
+        """Runs the network; arguments, results and errors are torch.nn's (see the class), and ``lengths``,
+        ``reset`` and ``return_cell_states`` those of :func:`fusedrnn.functional.lstm`."""
         try:
             if (  # as in _OneState
                 type(input) is Tensor
                 and self.num_layers == 1
                 and input.dim() == 3
+                and not input.is_nested
+                and lengths is None
+                and reset is None
+                and not return_cell_states
                 and not autocast_enabled()
                 and not _is_compiling()
             ):
@@ -276,7 +320,8 @@ class LSTM(FusedBase):
                     y = result[0]
                     return (y.transpose(0, 1) if self.batch_first else y), (result[1], result[2])
             pair(hx)
-            output, (h_n, c_n) = self._network(input, hx)
-            return output, (h_n, c_n)
+            outputs, (h_n, c_n) = self._network(input, hx, lengths, reset, return_cell_states)
+            output, *cell_states = outputs
+            return output, (h_n, c_n), *cell_states
         except ARGUMENT_ERRORS as error:
             raise in_torch_words(self._torch_forward, self, input, hx, error) from None
