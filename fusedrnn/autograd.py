@@ -66,26 +66,31 @@ class Layer(_Function):
     def backward(ctx: Any, dy: Any, dh_n: Any, dc_n: Any, _: Any, dcells: Any) -> tuple[Any, ...]:
         if dy is None and dh_n is None and dc_n is None and dcells is None:
             return (None,) * len(ctx.needs_input_grad)
-        batch_sizes, x, h0, c0, y, gates, cells, *weights = ctx.saved_tensors
-        # Compiled code gives a zero gradient to what has none.
-        if ctx.cell != "lstm":
-            dc_n = None
-        if not ctx.every_c:
-            dcells = None
-        differentiable = torch.is_grad_enabled()  # create_graph=True
-        call = _apply_backward if differentiable else LayerBackward.forward
-        # y and cells are detached: constants there, not a way back into this layer.
-        fixed = (ctx.cell, ctx.directions, batch_sizes, y.detach(), gates, cells.detach(), ctx.needs_input_grad[4:])
-        arguments = (*fixed, dy, dh_n, dc_n, dcells, x, h0, c0, *weights)
-        if not torch.compiler.is_compiling() and vmap.is_legacy(dy, dh_n, dc_n, dcells):
-            return (None, None, None, None, *vmap.legacy(partial(LayerBackward.mapped, call), arguments))
-        return (None, None, None, None, *call(*arguments))
+        return layer_gradients(ctx, ctx.saved_tensors, dy, dh_n, dc_n, dcells)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *arguments: Any) -> tuple[Any, Any]:
         weights = (vmap.NOWHERE,) * (len(arguments) - 7)
         places = (vmap.NOWHERE, vmap.NOWHERE, vmap.SIZES, vmap.NOWHERE, *vmap.STATES, *weights)
         return vmap.rule(apply, info.batch_size, in_dims, arguments, places, (*vmap.STATES, *vmap.SAVED))
+
+
+def layer_gradients(ctx: Any, saved: Sequence[Any], dy: Any, dh_n: Any, dc_n: Any, dcells: Any) -> tuple[Any, ...]:
+    """Of the arguments of a :class:`Layer` with context ``ctx``, from what its forward saved."""
+    batch_sizes, x, h0, c0, y, gates, cells, *weights = saved
+    # Compiled code gives a zero gradient to what has none.
+    if ctx.cell != "lstm":
+        dc_n = None
+    if not ctx.every_c:
+        dcells = None
+    differentiable = torch.is_grad_enabled()  # create_graph=True
+    call = _apply_backward if differentiable else LayerBackward.forward
+    # y and cells are detached: constants there, not a way back into this layer.
+    fixed = (ctx.cell, ctx.directions, batch_sizes, y.detach(), gates, cells.detach(), ctx.needs_input_grad[4:])
+    arguments = (*fixed, dy, dh_n, dc_n, dcells, x, h0, c0, *weights)
+    if not torch.compiler.is_compiling() and vmap.is_legacy(dy, dh_n, dc_n, dcells):
+        return (None, None, None, None, *vmap.legacy(partial(LayerBackward.mapped, call), arguments))
+    return (None, None, None, None, *call(*arguments))
 
 
 class LayerBackward(_Function):

@@ -19,6 +19,7 @@ from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence
 
 from . import autograd, ops
+from .recompute import RecomputedLayer
 from .rows import Lengths, Segments, of_nested, of_padded
 
 States = tuple[Tensor, ...]  # (h,) or (h, c)
@@ -43,6 +44,7 @@ def lstm(
     lengths: Lengths | None = ...,
     reset: Tensor | None = ...,
     return_cell_states: Literal[False] = ...,
+    recompute: bool = ...,
 ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]: ...
 
 
@@ -60,6 +62,7 @@ def lstm(
     lengths: Lengths | None = ...,
     reset: Tensor | None = ...,
     return_cell_states: Literal[True],
+    recompute: bool = ...,
 ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor], Tensor | PackedSequence]: ...
 
 
@@ -76,6 +79,7 @@ def lstm(
     lengths: Lengths | None = None,
     reset: Tensor | None = None,
     return_cell_states: bool = False,
+    recompute: bool = False,
 ) -> Any:
     """A multi-layer LSTM, ``torch.nn.LSTM`` without the module.
 
@@ -105,6 +109,9 @@ def lstm(
             in time, after the step. With both, any device will do; from a GPU they are copied to
             the host, which waits for it.
         return_cell_states: also return c of every step, as is ``output`` for h.
+        recompute: train in less memory: keep the states at about sqrt(T) checkpoints instead of the
+            gates of every step, and run the steps again in the backward pass. The same gradients
+            (16-bit states are rounded at checkpoints), for one more forward pass.
 
     Returns:
         ``output`` (as the input, with ``D * P`` features) and ``(h_n, c_n)``, shaped as ``hx``; with
@@ -118,7 +125,7 @@ def lstm(
     """
     outputs, (h_n, c_n) = _call(
         "lstm", input, hx, weights, num_layers, bidirectional, batch_first, dropout * training,
-        lengths, reset, return_cell_states,
+        lengths, reset, return_cell_states, recompute,
     )  # fmt: skip
     output, *cell_states = outputs
     return output, (h_n, c_n), *cell_states
@@ -136,6 +143,7 @@ def gru(
     training: bool = False,
     lengths: Lengths | None = None,
     reset: Tensor | None = None,
+    recompute: bool = False,
 ) -> tuple[Tensor | PackedSequence, Tensor]:
     """A multi-layer GRU, ``torch.nn.GRU`` without the module.
 
@@ -151,8 +159,9 @@ def gru(
     projection, no cell states, and ``hx`` a tensor ``h_0 [L*D, N, H]``; returns ``output, h_n``.
     """
     (output,), (h_n,) = _call(
-        "gru", input, hx, weights, num_layers, bidirectional, batch_first, dropout * training, lengths, reset
-    )
+        "gru", input, hx, weights, num_layers, bidirectional, batch_first, dropout * training,
+        lengths, reset, False, recompute,
+    )  # fmt: skip
     return output, h_n
 
 
@@ -169,6 +178,7 @@ def rnn(
     training: bool = False,
     lengths: Lengths | None = None,
     reset: Tensor | None = None,
+    recompute: bool = False,
 ) -> tuple[Tensor | PackedSequence, Tensor]:
     """A multi-layer Elman RNN, ``torch.nn.RNN`` without the module.
 
@@ -182,8 +192,9 @@ def rnn(
         raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
     cell = f"rnn_{nonlinearity}"
     (output,), (h_n,) = _call(
-        cell, input, hx, weights, num_layers, bidirectional, batch_first, dropout * training, lengths, reset
-    )
+        cell, input, hx, weights, num_layers, bidirectional, batch_first, dropout * training,
+        lengths, reset, False, recompute,
+    )  # fmt: skip
     return output, h_n
 
 
@@ -245,10 +256,12 @@ def layer(
     batch_sizes: Tensor | None,
     directions: int,
     every_c: bool = False,
+    recompute: bool = False,
 ) -> tuple[Tensor, ...]:
     """One layer as the ops take it: ``y, h_n, c_n, gates, cells``.
 
-    Saves nothing if no gradient is due; then ``cells`` is there only if ``every_c``.
+    Saves nothing if no gradient is due; then ``cells`` is there only if ``every_c``. In transforms of
+    torch.func, in forward mode and compiled, ``recompute`` is of no effect.
     """
     if forward_ad._current_level >= 0 or (
         torch.is_grad_enabled()
@@ -260,6 +273,12 @@ def layer(
             or torch._C._are_functorch_transforms_active()  # requires_grad doesn't tell of them
         )
     ):
+        if recompute and not (
+            forward_ad._current_level >= 0
+            or torch._C._are_functorch_transforms_active()
+            or torch.compiler.is_compiling()
+        ):
+            return RecomputedLayer.apply(cell, directions, batch_sizes, every_c, x, h0, c0, *weights)
         return autograd.apply(cell, directions, batch_sizes, every_c, x, h0, c0, *weights)
     return ops.forward[cell](x, h0, c0, weights, batch_sizes, directions, every_c, ops.tf32(x))
 
@@ -276,6 +295,7 @@ def network(
     lengths: Lengths | None = None,
     reset: Tensor | None = None,
     every_c: bool = False,
+    recompute: bool = False,
 ) -> tuple[tuple[Any, ...], States]:
     """The functions' and the modules' common part: any input through all layers.
 
@@ -284,7 +304,7 @@ def network(
     states: States | None = None
     if hx is not None:
         states = tuple(hx) if cell == "lstm" else (hx,)
-    options = (num_layers, directions, dropout, every_c)
+    options = (num_layers, directions, dropout, every_c, recompute)
     if isinstance(input, PackedSequence):
         _refuse_lengths(lengths, reset)
         data, batch_sizes, sorted_indices, unsorted_indices = input
@@ -309,7 +329,9 @@ def network(
         if input.layout != torch.jagged or input.dim() != 3 or isinstance(input.shape[1], int):
             raise ValueError("Expected a nested tensor of the jagged layout and shape [N, (lengths), I]")
         data = input.values()
-        _check_sizes(cell, data, states, weights, num_layers * directions, input.shape[0], 2)
+        expected = _check_sizes(cell, data, states, weights, num_layers * directions, input.shape[0], 2)
+        if states is None:
+            states = tuple([data.new_zeros(e) for e in expected])
         outputs, finals = _by_segments(of_nested(input, directions), cell, data, states, weights, *options)
         nested = torch.nested.nested_tensor_from_jagged
         return tuple([nested(t, input.offsets(), input.lengths()) for t in outputs]), finals
@@ -323,7 +345,7 @@ def network(
         lengths = None if lengths is None else torch.as_tensor(lengths).unsqueeze(0)
         reset = None if reset is None else torch.as_tensor(reset).unsqueeze(batch_dim)
     batch = x.shape[batch_dim]
-    _check_sizes(cell, x, states, weights, num_layers * directions, batch, 3)
+    expected = _check_sizes(cell, x, states, weights, num_layers * directions, batch, 3)
     if x.shape[1 - batch_dim] == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
     if lengths is None and reset is None:
@@ -332,6 +354,8 @@ def network(
             outputs = tuple([t.transpose(0, 1) for t in outputs])
     else:
         parts = of_padded(x, lengths, reset, batch_first, directions)
+        if states is None:
+            states = tuple([x.new_zeros(e) for e in expected])
         outputs, finals = _by_segments(parts, cell, x.flatten(0, 1), states, weights, *options)
         outputs = tuple([t.unflatten(0, x.shape[:2]) for t in outputs])
     if not batched:
@@ -340,12 +364,12 @@ def network(
 
 
 def _by_segments(
-    parts: Segments, cell: str, x: Tensor, states: States | None, weights: Sequence[Tensor], *options: Any
+    parts: Segments, cell: str, x: Tensor, states: States, weights: Sequence[Tensor], *options: Any
 ) -> tuple[tuple[Tensor, ...], States]:
     """The layers on ``x [rows, I]`` in the order of the input, packed by its segments in between."""
-    own = states and tuple([parts.initial_state(s) for s in states])
+    own = tuple([parts.initial_state(s) for s in states])
     outputs, finals = stack(cell, parts.gather(x), own, weights, parts.batch_sizes, *options)
-    finals = tuple([parts.final_state(s, i) for s, i in zip(finals, states or (None, None), strict=False)])
+    finals = tuple([parts.final_state(s, i) for s, i in zip(finals, states, strict=True)])
     return tuple([parts.scatter(t, x.shape[0]) for t in outputs]), finals
 
 
@@ -359,6 +383,7 @@ def stack(
     directions: int,
     dropout: float,
     every_c: bool = False,
+    recompute: bool = False,
 ) -> tuple[tuple[Tensor, ...], States]:
     """All the layers on time-major or packed ``x``, under autocast in its dtype; results as in :func:`network`."""
     device = x.device.type
@@ -369,7 +394,7 @@ def stack(
             weights = _cast(weights, dtype)
             return stack(
                 cell, x, states and tuple(states_), weights, batch_sizes, num_layers, directions,
-                dropout, every_c,
+                dropout, every_c, recompute,
             )  # fmt: skip
     count = len(weights) // num_layers
     finals: list[States] = []
@@ -382,7 +407,7 @@ def stack(
         h0, c0 = (*own, None, None)[:2]
         own_weights = weights[k * count : (k + 1) * count]
         wanted = every_c and k == num_layers - 1
-        x, h_n, c_n, _, cells = layer(cell, x, h0, c0, own_weights, batch_sizes, directions, wanted)
+        x, h_n, c_n, _, cells = layer(cell, x, h0, c0, own_weights, batch_sizes, directions, wanted, recompute)
         finals.append((h_n, c_n) if cell == "lstm" else (h_n,))
     outputs = (x, cells.to(x.dtype).view(*x.shape[:-1], directions * cells.shape[-1])) if every_c else (x,)
     if num_layers == 1:

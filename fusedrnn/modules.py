@@ -37,6 +37,15 @@ class FusedBase(torch.nn.RNNBase):
     """
 
     _torch_forward: Any
+    recompute = False  # converted modules have no attribute of their own
+
+    def __init__(self, *args: Any, recompute: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if recompute:
+            self.recompute = True
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (", recompute=True" if self.recompute else "")
 
     def _init_flat_weights(self) -> None:
         self._name_weights()
@@ -58,7 +67,9 @@ class FusedBase(torch.nn.RNNBase):
     def _weights_by_name(self) -> Sequence[Tensor]:
         return [getattr(self, name) for name in self._flat_weights_names]
 
-    def _network(self, input: Any, hx: Any, *options: Any) -> tuple[tuple[Any, ...], States]:
+    def _network(
+        self, input: Any, hx: Any, lengths: Lengths | None, reset: Tensor | None, every_c: bool = False
+    ) -> tuple[tuple[Any, ...], States]:
         return network(
             _CELL[self.mode],
             input,
@@ -68,7 +79,10 @@ class FusedBase(torch.nn.RNNBase):
             2 if self.bidirectional else 1,
             self.batch_first,
             self.dropout if self.training else 0.0,
-            *options,
+            lengths,
+            reset,
+            every_c,
+            self.recompute,
         )
 
 
@@ -106,7 +120,7 @@ class _OneState(FusedBase):
                     cell = _CELL[self.mode]
                     weights = self._weights()
                     if _is_grad_enabled() or forward_ad._current_level >= 0:
-                        result = layer(cell, x, hx, None, weights, None, directions)
+                        result = layer(cell, x, hx, None, weights, None, directions, False, self.recompute)
                     else:
                         result = _eager[cell](x, hx, None, weights, None, directions, False, ops.tf32(x))
                     y = result[0]
@@ -132,6 +146,8 @@ class RNN(_OneState):
         dropout: probability of zeroing an element between layers in training.
         bidirectional: D = 2: also runs backwards in time, the outputs side by side.
         device, dtype: of the parameters: float32, float64, bfloat16 or float16.
+        recompute: whether training keeps states at checkpoints instead of all gates (see
+            :func:`fusedrnn.functional.lstm`); also an attribute.
 
     Inputs: ``input [T, N, I]`` (or ``[T, I]``, or a PackedSequence) and ``hx [L*D, N, H]`` (or
     ``[L*D, H]``), zeros if omitted. Outputs: ``output [T, N, D*H]`` and ``h_n`` shaped as ``hx``.
@@ -155,6 +171,8 @@ class RNN(_OneState):
         bidirectional: bool = False,
         device: Any = None,
         dtype: Any = None,
+        *,
+        recompute: bool = False,
     ) -> None: ...
 
     @overload
@@ -198,6 +216,8 @@ class GRU(_OneState):
         bidirectional: bool = False,
         device: Any = None,
         dtype: Any = None,
+        *,
+        recompute: bool = False,
     ) -> None: ...
 
     @overload
@@ -241,6 +261,8 @@ class LSTM(FusedBase):
         proj_size: int = 0,
         device: Any = None,
         dtype: Any = None,
+        *,
+        recompute: bool = False,
     ) -> None: ...
 
     @overload
@@ -314,7 +336,7 @@ class LSTM(FusedBase):
                     directions = 2 if self.bidirectional else 1
                     weights = self._weights()
                     if _is_grad_enabled() or forward_ad._current_level >= 0:
-                        result = layer("lstm", x, h0, c0, weights, None, directions)
+                        result = layer("lstm", x, h0, c0, weights, None, directions, False, self.recompute)
                     else:
                         result = _lstm(x, h0, c0, weights, None, directions, False, ops.tf32(x))
                     y = result[0]

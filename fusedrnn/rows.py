@@ -39,10 +39,8 @@ class Segments:
         """Of the segments, from ``state [L*D, N, F]`` of the sequences."""
         return _select(torch.cat((state, torch.zeros_like(state[:, :1])), 1), self.initial)
 
-    def final_state(self, state: Tensor, initial: Tensor | None) -> Tensor:
+    def final_state(self, state: Tensor, initial: Tensor) -> Tensor:
         """Of the sequences, from ``state [L*D, S, F]`` of the segments; ``initial`` where there is no step."""
-        if initial is None:
-            initial = state.new_zeros(state.shape[0], self.final.shape[1], state.shape[2])
         return _select(torch.cat((state, initial.to(state.dtype)), 1), self.final)
 
 
@@ -53,6 +51,7 @@ def _select(state: Tensor, index: Tensor) -> Tensor:
     return each[0] if directions == 1 else torch.stack(each, 1).flatten(0, 1)
 
 
+@torch.compiler.disable
 def of_padded(x: Tensor, lengths: Lengths | None, reset: Tensor | None, batch_first: bool, directions: int) -> Segments:
     """The segments of padded ``x [T, N, I]`` (``[N, T, I]`` if ``batch_first``), as rows of ``x.flatten(0, 1)``.
 
@@ -81,6 +80,7 @@ def of_padded(x: Tensor, lengths: Lengths | None, reset: Tensor | None, batch_fi
     return _segments(lengths.long(), reset, first_row, row_step, directions, x.device)
 
 
+@torch.compiler.disable
 def of_nested(x: Any, directions: int) -> Segments:
     """The segments of a jagged nested tensor ``[N, (lengths), I]``, as rows of ``x.values()``."""
     offsets, lengths = x.offsets().cpu(), x.lengths()
