@@ -133,6 +133,16 @@ void Layer::check_backward(const MaybeTensor& dy, const MaybeTensor& dh_n, const
   check_tensor("dcells", dcells, {rows, directions, H}, y, accumulator());
 }
 
+void Layer::check_advance(const Tensor& h, const MaybeTensor& c, const Tensor& y) const {
+  STD_TORCH_CHECK(c.has_value() == has_c, "fusedrnn: c: expected ", has_c ? "a tensor" : "None, this cell has no c");
+  if (packed)
+    check_tensor("y", y, {rows, directions * P}, h, dtype);
+  else
+    check_tensor("y", y, {T, N, directions * P}, h, dtype);
+  STD_TORCH_CHECK(h.is_contiguous() && (!c || c->is_contiguous()) && y.is_contiguous(),
+                  "fusedrnn: h, c, y: expected contiguous tensors, as they are written to");
+}
+
 std::vector<int64_t> Layer::y_shape() const {
   if (packed) return {rows, directions * P};
   return {T, N, directions * P};

@@ -39,6 +39,9 @@ struct FUSEDRNN_EXPORT Layer {
   void check_backward(const MaybeTensor& dy, const MaybeTensor& dh_n, const MaybeTensor& dc_n,
                       const MaybeTensor& dcells, const Tensor& y, const Tensor& gates, const Tensor& cells) const;
 
+  // The results that an advance op writes; h and c are its states as well.
+  void check_advance(const Tensor& h, const MaybeTensor& c, const Tensor& y) const;
+
   std::vector<int64_t> y_shape() const;
   std::vector<int64_t> h_shape() const { return {directions, N, P}; }
   std::vector<int64_t> c_shape() const { return {directions, N, H}; }

@@ -14,6 +14,7 @@ from .convert import convert, patch
 from .migrate import convert_gru_weights, load_keras_weights, load_onnx_weights
 from .modules import GRU, LSTM, RNN
 from .plan import use_plan
+from .stream import Stream
 
 __all__ = [
     "GRU",
@@ -22,6 +23,7 @@ __all__ = [
     "GRUCell",
     "LSTMCell",
     "RNNCell",
+    "Stream",
     "convert",
     "convert_gru_weights",
     "functional",

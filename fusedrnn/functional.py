@@ -316,7 +316,7 @@ def network(
             batch = states[0].shape[1]  # a tracer knows no values; the op compares the two
         else:
             batch = batch_sizes[0].item()  # type: ignore[assignment]  # symbolic in a tracer, unlike int()
-        expected = _check_sizes(cell, data, states, weights, num_layers * directions, batch, 2)
+        expected = check_sizes(cell, data, states, weights, num_layers * directions, batch, 2)
         if states is None:
             states = tuple([data.new_zeros(e) for e in expected])
         outputs, finals = stack(cell, data, states, weights, batch_sizes, *options)
@@ -329,7 +329,7 @@ def network(
         if input.layout != torch.jagged or input.dim() != 3 or isinstance(input.shape[1], int):
             raise ValueError("Expected a nested tensor of the jagged layout and shape [N, (lengths), I]")
         data = input.values()
-        expected = _check_sizes(cell, data, states, weights, num_layers * directions, input.shape[0], 2)
+        expected = check_sizes(cell, data, states, weights, num_layers * directions, input.shape[0], 2)
         if states is None:
             states = tuple([data.new_zeros(e) for e in expected])
         outputs, finals = _by_segments(of_nested(input, directions), cell, data, states, weights, *options)
@@ -345,7 +345,7 @@ def network(
         lengths = None if lengths is None else torch.as_tensor(lengths).unsqueeze(0)
         reset = None if reset is None else torch.as_tensor(reset).unsqueeze(batch_dim)
     batch = x.shape[batch_dim]
-    expected = _check_sizes(cell, x, states, weights, num_layers * directions, batch, 3)
+    expected = check_sizes(cell, x, states, weights, num_layers * directions, batch, 3)
     if x.shape[1 - batch_dim] == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
     if lengths is None and reset is None:
@@ -441,7 +441,7 @@ def _check_dimensions(cell: str, x: Tensor, states: States | None) -> None:
         raise RuntimeError(f"For {which} input, hx should also be {dim}-D but got {states[0].dim()}-D tensor")
 
 
-def _check_sizes(
+def check_sizes(
     cell: str,
     x: Tensor,
     states: States | None,

@@ -23,7 +23,7 @@ from .rows import Lengths
 # Taken now: patch() rebinds the names.
 _NN_RNN, _NN_LSTM, _NN_GRU = torch.nn.RNN, torch.nn.LSTM, torch.nn.GRU
 
-_CELL = {"LSTM": "lstm", "GRU": "gru", "RNN_TANH": "rnn_tanh", "RNN_RELU": "rnn_relu"}
+CELL = {"LSTM": "lstm", "GRU": "gru", "RNN_TANH": "rnn_tanh", "RNN_RELU": "rnn_relu"}
 _eager = ops.eager
 _lstm = _eager["lstm"]
 _is_grad_enabled = torch.is_grad_enabled
@@ -71,7 +71,7 @@ class FusedBase(torch.nn.RNNBase):
         self, input: Any, hx: Any, lengths: Lengths | None, reset: Tensor | None, every_c: bool = False
     ) -> tuple[tuple[Any, ...], States]:
         return network(
-            _CELL[self.mode],
+            CELL[self.mode],
             input,
             hx,
             self._weights_by_name() if _is_compiling() else self._weights(),
@@ -117,7 +117,7 @@ class _OneState(FusedBase):
                 x = input.transpose(0, 1) if self.batch_first else input
                 if x.shape[0]:
                     directions = 2 if self.bidirectional else 1
-                    cell = _CELL[self.mode]
+                    cell = CELL[self.mode]
                     weights = self._weights()
                     if _is_grad_enabled() or forward_ad._current_level >= 0:
                         result = layer(cell, x, hx, None, weights, None, directions, False, self.recompute)

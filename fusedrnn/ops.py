@@ -18,6 +18,10 @@ each unit (S + 1 if h is projected: then o tanh(c)), and for the LSTM ``cells [r
 c in float32 (float64 for float64); so is its gradient, ``dcells``. ``needs`` is a bit mask of the
 gradients asked for: 0 dx, 1 dh0, 2 dc0, 3 + i weight i. Whatever is not asked for or does not exist
 is an empty ``[0]`` tensor. ``tf32`` lets a GPU multiply float32 numbers in TensorFloat-32: :func:`tf32`.
+
+``<cell>_advance(Tensor x, Tensor(a!) h, Tensor(b!)? c, Tensor[] weights, Tensor? batch_sizes, int
+directions, Tensor(c!) y) -> ()`` is the forward op without saving and without allocation: the states,
+``h0`` and ``c0`` of the forward op, are updated in place, and ``y`` is written to.
 """
 
 from __future__ import annotations
@@ -138,6 +142,24 @@ def _fake_backward(
     return gradient(0, x), gradient(1, h0), gradient(2, c0), dweights
 
 
+def _advance(
+    cell: str,
+    x: Tensor,
+    h: Tensor,
+    c: Tensor | None,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    directions: int,
+    y: Tensor,
+) -> None:
+    """An advance op by its forward op."""
+    y_, h_n, c_n, _, _ = forward[cell](x, h, c, weights, batch_sizes, directions, False, tf32(x))
+    y.copy_(y_)
+    h.copy_(h_n)
+    if c is not None:
+        c.copy_(c_n)
+
+
 def _vmap_forward(cell: str, info: Any, dims: Any, *arguments: Any) -> Any:
     """The vmap rule of a forward op."""
     weights = [vmap.NOWHERE] * len(arguments[3])
@@ -158,9 +180,12 @@ def _vmap_backward(cell: str, info: Any, dims: Any, *arguments: Any) -> Any:
 _load()
 forward = {cell: getattr(torch.ops.fusedrnn, cell).default for cell in CELLS}
 eager = {cell: op._op for cell, op in forward.items()}  # without OpOverload's Python frame
+advance = {cell: getattr(torch.ops.fusedrnn, f"{cell}_advance").default._op for cell in CELLS}
 backward = {cell: getattr(torch.ops.fusedrnn, f"{cell}_backward").default for cell in CELLS}
 for _cell in CELLS:
     torch.library.register_fake(f"fusedrnn::{_cell}", partial(_fake_forward, _cell))
     torch.library.register_fake(f"fusedrnn::{_cell}_backward", partial(_fake_backward, _cell))
+    torch.library.register_fake(f"fusedrnn::{_cell}_advance", partial(_advance, _cell))
+    torch.library.impl(f"fusedrnn::{_cell}_advance", "CUDA", partial(_advance, _cell))
     torch.library.register_vmap(f"fusedrnn::{_cell}", partial(_vmap_forward, _cell))
     torch.library.register_vmap(f"fusedrnn::{_cell}_backward", partial(_vmap_backward, _cell))

@@ -69,7 +69,7 @@ class RecomputedLayer(Layer):
         batch_sizes, x, h0, c0, y, checkpoints, _, *weights = ctx.saved_tensors
         if torch.is_grad_enabled() or vmap.is_legacy(*upstream):
             with torch.no_grad():
-                _, _, _, *saved = ops.forward[ctx.cell](x, h0, c0, weights, batch_sizes, ctx.directions, True)
+                _, _, _, *saved = ops.forward[ctx.cell](x, h0, c0, weights, batch_sizes, ctx.directions, True, ops.tf32(x))
             return layer_gradients(ctx, (batch_sizes, x, h0, c0, y, *saved, *weights), *upstream)
         needs = ctx.needs_input_grad[4:]
         return (None, None, None, None, *_gradients(ctx.cell, batch_sizes, x, checkpoints, weights, needs, *upstream))
@@ -102,13 +102,13 @@ def _gradients(
         for k, chunk in reversed([*enumerate(_chunks(x, batch_sizes, d))]):
             x_k = chunk.take(x)
             h, c = (*checkpoints[d : d + 1, k, : chunk.batch].split(widths, -1), None)[:2]
-            y_k, _, _, *saved = ops.forward[cell](x_k, h, c, own, chunk.batch_sizes, 1, True)
+            y_k, _, _, *saved = ops.forward[cell](x_k, h, c, own, chunk.batch_sizes, 1, True, ops.tf32(x))
             dy_k = None if dy is None else chunk.take(dy.unflatten(-1, (directions, projected))[..., d, :])
             dcells_k = None if dcells is None else chunk.take(dcells.view(*lead, directions, hidden)[..., d, :])
             dnow = [s[d : d + 1, : chunk.batch] for s in dstates]
             dx_k, dh, dc, dw = ops.backward[cell](
                 dy_k, *(*dnow, None)[:2], None if dcells_k is None else dcells_k.reshape(-1, 1, hidden),
-                x_k, h, c, own, chunk.batch_sizes, 1, y_k, *saved, mask,
+                x_k, h, c, own, chunk.batch_sizes, 1, y_k, *saved, mask, ops.tf32(x),
             )  # fmt: skip
             for total, part in zip(dnow, (dh, dc), strict=False):
                 total.copy_(part)

@@ -47,22 +47,11 @@ int threads_for(const Layer& l) {
   return plan_threads(max_threads(), double(l.rows) * l.directions * l.gates * l.H * (l.I + l.P));
 }
 
+// The kernel on tensors that are dense as it needs them, into the results.
 template <class Cell, class S>
-ForwardResult forward(const Layer& l, const Tensor& x_, const MaybeTensor& h0_, const MaybeTensor& c0_,
-                      const std::vector<Tensor>& weights_, bool save) {
-  const Tensor x = dense_columns(x_);
-  const MaybeTensor h0 = dense(h0_), c0 = dense(c0_);
-  const std::vector<Tensor> weights = dense(weights_);
-  const std::vector<int64_t> none{0};
-  const Tensor y = empty(l.y_shape(), l.dtype, x), h_n = empty(l.h_shape(), l.dtype, x);
-  const Tensor c_n = empty(l.has_c ? l.c_shape() : none, l.dtype, x);
-  const Tensor gates = empty(save ? l.gates_shape() : none, l.dtype, x);
-  const Tensor cells = empty(save && l.has_c ? l.cells_shape() : none, l.accumulator(), x);
-  if (l.rows == 0) {  // no step: the state stays as it was
-    copy_or_zero(h_n, h0);
-    copy_or_zero(c_n, c0);
-    return {y, h_n, c_n, gates, cells};
-  }
+void run_forward(const Layer& l, const Tensor& x, const MaybeTensor& h0, const MaybeTensor& c0,
+                 const std::vector<Tensor>& weights, bool save, const ForwardResult& results) {
+  const auto& [y, h_n, c_n, gates, cells] = results;
   Forward<S> p[2];
   const int64_t D = l.directions;
   for (int64_t d = 0; d < D; ++d) {
@@ -79,7 +68,34 @@ ForwardResult forward(const Layer& l, const Tensor& x_, const MaybeTensor& h0_, 
             .cells = {save && l.has_c ? data<Acc<S>>(cells) + d * l.H : nullptr, D * l.H}};
   }
   cpu_kernels().of<S>(kind_of<Cell>()).forward(p, int(D), threads_for(l));
-  return {y, h_n, c_n, gates, cells};
+}
+
+template <class Cell, class S>
+ForwardResult forward(const Layer& l, const Tensor& x_, const MaybeTensor& h0_, const MaybeTensor& c0_,
+                      const std::vector<Tensor>& weights_, bool save) {
+  const Tensor x = dense_columns(x_);
+  const MaybeTensor h0 = dense(h0_), c0 = dense(c0_);
+  const std::vector<Tensor> weights = dense(weights_);
+  const std::vector<int64_t> none{0};
+  const Tensor y = empty(l.y_shape(), l.dtype, x), h_n = empty(l.h_shape(), l.dtype, x);
+  const Tensor c_n = empty(l.has_c ? l.c_shape() : none, l.dtype, x);
+  const Tensor gates = empty(save ? l.gates_shape() : none, l.dtype, x);
+  const Tensor cells = empty(save && l.has_c ? l.cells_shape() : none, l.accumulator(), x);
+  if (l.rows == 0) {  // no step: the state stays as it was
+    copy_or_zero(h_n, h0);
+    copy_or_zero(c_n, c0);
+    return {y, h_n, c_n, gates, cells};
+  }
+  ForwardResult results{y, h_n, c_n, gates, cells};
+  run_forward<Cell, S>(l, x, h0, c0, weights, save, results);
+  return results;
+}
+
+// The states are both where the kernel begins and what it leaves: it reads an entry's before it writes it.
+template <class Cell, class S>
+void advance(const Layer& l, const Tensor& x, const Tensor& h, const MaybeTensor& c, const std::vector<Tensor>& weights,
+             const Tensor& y) {
+  if (l.rows > 0) run_forward<Cell, S>(l, dense_columns(x), h, c, dense(weights), false, {y, h, c ? *c : h, h, h});
 }
 
 // The upstream gradients and the results of forward, as backward gets them.
@@ -171,6 +187,23 @@ ForwardResult forward_op(const Tensor& x, const MaybeTensor& h0, const MaybeTens
 }
 
 template <class Cell>
+void advance_op(const Tensor& x, Tensor h, std::optional<Tensor> c, const std::vector<Tensor>& weights,
+                const MaybeTensor& batch_sizes, int64_t directions, Tensor y) {
+  Layer l = Layer::of<Cell>(x, h, c, weights, batch_sizes, directions);
+  l.check_advance(h, c, y);
+  if (l.dtype == ScalarType::Double) return advance<Cell, double>(l, x, h, c, weights, y);
+  if (l.dtype == ScalarType::BFloat16) return advance<Cell, bf16>(l, x, h, c, weights, y);
+  if (l.dtype == ScalarType::Float) return advance<Cell, float>(l, x, h, c, weights, y);
+  l.dtype = ScalarType::Float;
+  const Tensor h_float = cast(h, l.dtype), y_float = cast(y, l.dtype);
+  const MaybeTensor c_float = cast(c, l.dtype);
+  advance<Cell, float>(l, cast(x, l.dtype), h_float, c_float, cast(weights, l.dtype), y_float);
+  torch::stable::copy_(h, h_float);
+  torch::stable::copy_(y, y_float);
+  if (c) torch::stable::copy_(*c, *c_float);
+}
+
+template <class Cell>
 BackwardResult backward_op(const MaybeTensor& dy, const MaybeTensor& dh_n, const MaybeTensor& dc_n,
                            const MaybeTensor& dcells, const Tensor& x, const MaybeTensor& h0, const MaybeTensor& c0,
                            const std::vector<Tensor>& weights, const MaybeTensor& batch_sizes, int64_t directions,
@@ -196,6 +229,10 @@ STABLE_TORCH_LIBRARY_IMPL(fusedrnn, CPU, m) {
   m.impl("gru", TORCH_BOX(&forward_op<GRU>));
   m.impl("rnn_tanh", TORCH_BOX(&forward_op<RNNTanh>));
   m.impl("rnn_relu", TORCH_BOX(&forward_op<RNNRelu>));
+  m.impl("lstm_advance", TORCH_BOX(&advance_op<LSTM>));
+  m.impl("gru_advance", TORCH_BOX(&advance_op<GRU>));
+  m.impl("rnn_tanh_advance", TORCH_BOX(&advance_op<RNNTanh>));
+  m.impl("rnn_relu_advance", TORCH_BOX(&advance_op<RNNRelu>));
   m.impl("lstm_backward", TORCH_BOX(&backward_op<LSTM>));
   m.impl("gru_backward", TORCH_BOX(&backward_op<GRU>));
   m.impl("rnn_tanh_backward", TORCH_BOX(&backward_op<RNNTanh>));

@@ -1,0 +1,115 @@
+"""Serving: a module run on input that arrives a step or a chunk at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .functional import check_sizes
+from .modules import CELL, FusedBase
+
+
+class Stream:
+    """Runs a module on a stream of input: the state is carried from call to call, without gradients. ::
+
+        stream = fusedrnn.Stream(lstm)  # of one sequence
+        for x in source:                # [1, I], or chunks [T, 1, I]
+            y = stream(x)
+        stream.reset()                  # before the next sequence
+
+    After the first call with a shape no tensor is allocated any more: the state is updated in place, and
+    the results lie in the same memory, where the next call overwrites them (``clone()`` what is to be
+    kept). A stream is for one thread, and for the device and dtype that the module has when it is made.
+
+    Args:
+        module: an ``LSTM``, ``GRU`` or ``RNN`` of fusedrnn in one direction; dropout is not applied.
+        batch_size: N, how many sequences run side by side.
+
+    Raises:
+        TypeError: ``module`` is of another class.
+        ValueError: it is bidirectional, so that it needs the end of a sequence for its first output.
+    """
+
+    def __init__(self, module: FusedBase, batch_size: int = 1) -> None:
+        if not isinstance(module, FusedBase):
+            raise TypeError(f"expected fusedrnn's LSTM, GRU or RNN, got {type(module).__name__}")
+        if module.bidirectional:
+            raise ValueError("a bidirectional module needs the end of a sequence for its first output")
+        self.module, self.batch_size = module, batch_size
+        self._advance = ops.advance[CELL[module.mode]]
+        self._sizes_of_a_step = torch.tensor([batch_size], device="cpu")
+        widths = [module.proj_size or module.hidden_size]
+        if module.mode == "LSTM":
+            widths.append(module.hidden_size)
+        like = module._weights()[0].detach()
+        self._states = tuple([like.new_zeros(module.num_layers, batch_size, width) for width in widths])
+        self._shape: torch.Size | None = None  # of the input for which there are results
+
+    def __call__(self, input: Tensor) -> Tensor:
+        """The outputs of the next step or steps.
+
+        Args:
+            input: a step ``[N, I]`` or a chunk ``[T, N, I]`` (``[N, T, I]`` if the module is
+                ``batch_first``).
+
+        Returns:
+            Every h of the last layer, shaped as ``input``; overwritten by the next call.
+
+        Raises:
+            ValueError, RuntimeError: the input's dtype, shape or device is wrong.
+        """
+        if input.shape != self._shape:
+            self._prepare(input)
+        is_step = input.dim() == 2
+        x = input.transpose(0, 1) if self.module.batch_first and not is_step else input
+        sizes = self._sizes_of_a_step if is_step else None
+        weights = self.module._weights()
+        count = len(weights) // len(self._layers)
+        with torch.no_grad():
+            for k, (h, c, y) in enumerate(self._layers):
+                self._advance(x, h, c, weights[k * count : (k + 1) * count], sizes, 1, y)
+                x = y
+        return self._result
+
+    def _prepare(self, input: Tensor) -> None:
+        """Checks the shape of the input, and makes the results for it and the views of the states."""
+        if input.dim() not in (2, 3):
+            raise ValueError(f"Stream: Expected input to be 2D or 3D, got {input.dim()}D instead")
+        chunk = input.dim() == 3
+        x = input.transpose(0, 1) if self.module.batch_first and chunk else input
+        weights, rows = self.module._weights(), self.module.num_layers
+        check_sizes(CELL[self.module.mode], x, self._states, weights, rows, x.shape[-2], x.dim())
+        h = self._states[0]
+        results = [h.new_empty(*x.shape[:-1], h.shape[-1]) for _ in range(rows)]
+        self._layers = [
+            (*(s[k : k + 1] for s in self._states), *(() if len(self._states) == 2 else (None,)), results[k])
+            for k in range(rows)
+        ]
+        self._result = results[-1].transpose(0, 1) if self.module.batch_first and chunk else results[-1]
+        self._shape = input.shape
+
+    def reset(self, sequences: Tensor | None = None) -> None:
+        """Zero states for all sequences, or for some of them: indices, or a bool mask ``[N]``."""
+        for state in self._states:
+            if sequences is None:
+                state.zero_()
+            else:
+                state[:, sequences] = 0
+
+    @property
+    def state(self) -> Any:
+        """The state, as ``hx`` of the module: ``h [L, N, P]``, or ``(h, c)``. A copy; it can be assigned."""
+        states = tuple([s.clone() for s in self._states])
+        return states if len(states) == 2 else states[0]
+
+    @state.setter
+    def state(self, hx: Any) -> None:
+        given = tuple(hx) if len(self._states) == 2 else (hx,)
+        for k, (state, value) in enumerate(zip(self._states, given, strict=True)):
+            if value.shape != state.shape:
+                raise RuntimeError(f"Expected hidden[{k}] size {tuple(state.shape)}, got {list(value.shape)}")
+        for state, value in zip(self._states, given, strict=True):
+            state.copy_(value)

@@ -1,0 +1,183 @@
+"""Stream: a step or a chunk at a time gives what the whole sequence gives, without allocation."""
+
+import pytest
+import torch
+from helpers import DTYPES, VARIANTS, layer_op, make_inputs, variant
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+import fusedrnn
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+T, N, I, H = 9, 3, 5, 7
+
+
+def module_of(name, device, dtype=torch.float64, **options):
+    if name == "lstm_proj":
+        options["proj_size"] = 3
+    if name.startswith("rnn"):
+        options["nonlinearity"] = name.removeprefix("rnn_")
+    return getattr(fusedrnn, name.partition("_")[0].upper())(I, H, **options, device=device, dtype=dtype)
+
+
+def as_tuple(state):
+    return state if isinstance(state, tuple) else (state,)
+
+
+def assert_same(found, expected):
+    for one, other in zip(as_tuple(found), as_tuple(expected), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("batch", [1, N])
+@pytest.mark.parametrize("num_layers", [1, 2])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_steps_and_chunks_make_the_sequence(name, num_layers, batch, device):
+    module = module_of(name, device, num_layers=num_layers, dropout=0.5 if num_layers > 1 else 0.0)
+    x = torch.randn(T, batch, I, dtype=torch.float64, device=device)
+    stream = fusedrnn.Stream(module, batch)
+    pieces = [stream(x[0])[None].clone(), stream(x[1])[None].clone(), stream(x[2:6]).clone(), stream(x[6:]).clone()]
+    expected, state = module.eval()(x)
+    torch.testing.assert_close(torch.cat(pieces), expected)
+    assert_same(stream.state, state)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dtypes(dtype, device, capability):
+    module = module_of("lstm", device, dtype)
+    x = torch.randn(T, N, I, dtype=dtype, device=device)
+    stream = fusedrnn.Stream(module, N)
+    found = torch.stack([stream(step).clone() for step in x])
+    assert found.dtype == dtype
+    state = None
+    for step, y in zip(x, found, strict=True):
+        expected, state = module(step[None], state)
+        torch.testing.assert_close(y, expected[0])
+
+
+def test_batch_first(device):
+    module = module_of("gru", device, batch_first=True)
+    x = torch.randn(N, T, I, dtype=torch.float64, device=device)
+    stream = fusedrnn.Stream(module, N)
+    found = torch.cat((stream(x[:, :4]).clone(), stream(x[:, 4])[:, None].clone(), stream(x[:, 5:]).clone()), 1)
+    torch.testing.assert_close(found, module(x)[0])
+
+
+@pytest.mark.parametrize("name", ["lstm", "gru"])
+def test_state(name, device):
+    module = module_of(name, device, num_layers=2)
+    x = torch.randn(T, N, I, dtype=torch.float64, device=device)
+    stream = fusedrnn.Stream(module, N)
+    assert all(not s.any() for s in as_tuple(stream.state))
+    stream(x[:5])
+    kept = stream.state
+    after = stream(x[5:]).clone()
+    assert_same(kept, module(x[:5])[1])
+    stream.state = kept
+    assert torch.equal(stream(x[5:]), after)
+    stream.state = kept
+    stream.reset(torch.tensor([False, True, False]))
+    again = stream(x[5:]).clone()
+    assert torch.equal(again[:, ::2], after[:, ::2])
+    torch.testing.assert_close(again[:, 1:2], module(x[5:, 1:2])[0])
+    stream.reset()
+    assert all(not s.any() for s in as_tuple(stream.state))
+    torch.testing.assert_close(stream(x), module(x)[0])
+
+
+def test_trained_in_place(device):
+    """The parameters are read at every call."""
+    module = module_of("gru", device)
+    stream = fusedrnn.Stream(module)
+    x = torch.randn(1, I, dtype=torch.float64, device=device)
+    before = stream(x).clone()
+    with torch.no_grad():
+        module.weight_ih_l0 += 1
+    stream.reset()
+    after = stream(x)
+    assert not torch.equal(after, before)
+    torch.testing.assert_close(after, module(x[None])[0][0])
+    assert not after.requires_grad
+
+
+@pytest.mark.parametrize("shape", [(1, I), (4, 1, I)], ids=["step", "chunk"])
+@pytest.mark.parametrize("name", ["lstm", "gru", "rnn_tanh"])
+def test_nothing_is_allocated(name, shape, device):
+    if device.type != "cpu":
+        pytest.skip("on a GPU it runs the forward op")
+    stream = fusedrnn.Stream(module_of(name, device, torch.float32, num_layers=2))
+    x = torch.randn(shape)
+    y = stream(x)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        for _ in range(5):
+            assert stream(x).data_ptr() == y.data_ptr()
+    assert sum(event.count for event in trace.key_averages() if event.key.startswith("fusedrnn::")) == 10
+    assert all(event.self_cpu_memory_usage == 0 for event in trace.key_averages())
+
+
+def test_errors(device):
+    lstm = module_of("lstm", device)
+    with pytest.raises(TypeError, match="expected fusedrnn's LSTM, GRU or RNN, got LSTM"):
+        fusedrnn.Stream(nn.LSTM(I, H))
+    with pytest.raises(ValueError, match="bidirectional"):
+        fusedrnn.Stream(module_of("lstm", device, bidirectional=True))
+    stream = fusedrnn.Stream(lstm, N)
+    x = torch.randn(N, I, dtype=torch.float64, device=device)
+    with pytest.raises(RuntimeError, match=r"Expected hidden\[0\] size"):
+        stream(x[:2])
+    with pytest.raises(RuntimeError, match=r"input.size\(-1\) must be equal to input_size. Expected 5, got 4"):
+        stream(x[:, :4])
+    with pytest.raises(ValueError, match="Expected input to be 2D or 3D, got 1D instead"):
+        stream(x[0])
+    for _ in range(2):
+        with pytest.raises((ValueError, RuntimeError), match="dtype"):
+            stream(x.float())
+        stream(x)  # a good one between them changes nothing
+    with pytest.raises(RuntimeError, match=r"Expected hidden\[1\] size"):
+        stream.state = (torch.zeros(1, N, H), torch.zeros(1, N, H + 1))
+    with pytest.raises(ValueError, match="argument"):
+        stream.state = (torch.zeros(1, N, H),)
+
+
+# ---- the ops -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"directions": 2}, {"lengths": (5, 3, 3, 1), "directions": 2}], ids=str)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_advance_op(name, options, device, capability):
+    """As the forward op, in place, to the bit; by opcheck's rules."""
+    case = variant(name, **options)
+    inputs = make_inputs(case, device)
+    x, h0, c0, weights, batch_sizes, directions = inputs.arguments()
+    expected = layer_op(case.cell)(*inputs.arguments(), False)
+    h, c, y = h0.clone(), None if c0 is None else c0.clone(), torch.full_like(expected[0], 7)
+    op = getattr(torch.ops.fusedrnn, f"{case.cell}_advance").default
+    torch.library.opcheck(op, (x, h.clone(), None if c is None else c.clone(), weights, batch_sizes, directions, y))
+    op(x, h, c, weights, batch_sizes, directions, y)
+    assert torch.equal(y, expected[0])
+    assert torch.equal(h, expected[1])
+    assert c is None or torch.equal(c, expected[2])
+
+
+@pytest.mark.parametrize("name", ["lstm", "gru"])
+def test_advance_op_refuses(name, device):
+    if device.type != "cpu":
+        pytest.skip("on a GPU it runs the forward op")
+    case = variant(name)
+    x, h, c, weights, batch_sizes, directions = make_inputs(case, device).arguments()
+    y = x.new_zeros(case.T, case.N, case.H)
+    op = getattr(torch.ops.fusedrnn, f"{name}_advance").default
+    wrong = [
+        ({"y": y[:, :, 1:]}, "y: expected shape"),
+        ({"y": y.double()}, "y: expected dtype"),
+        ({"y": y.transpose(0, 1).contiguous().transpose(0, 1)}, "contiguous"),
+        ({"y": y[:1].expand(y.shape)}, "contiguous"),
+        ({"h": h[:, :1].expand(h.shape)}, "contiguous"),
+        ({"h": h[:, 1:]}, "h0: expected shape"),
+        ({"c": None} if name == "lstm" else {"c": h}, "c0?: expected"),
+    ]
+    good = {"x": x, "h": h, "c": c, "weights": weights, "sizes": batch_sizes, "directions": directions, "y": y}
+    for change, message in wrong:
+        with pytest.raises(RuntimeError, match=message):
+            op(*{**good, **change}.values())
