@@ -53,7 +53,9 @@ class RecomputedLayer(Layer):
                 checkpoints[d, k] = state[d]
                 now = state[d : d + 1, : chunk.batch]
                 h, c = (*now.split(widths, -1), None)[:2]
-                y_k, h_n, c_n, _, cells_k = ops.forward[cell](chunk.take(x), h, c, own, chunk.batch_sizes, 1, every_c)
+                y_k, h_n, c_n, _, cells_k = ops.forward[cell](
+                    chunk.take(x), h, c, own, chunk.batch_sizes, 1, every_c, ops.tf32(x)
+                )
                 y.unflatten(-1, (directions, projected))[..., d, :][chunk.rows] = y_k
                 now.copy_(torch.cat((h_n, c_n)[: len(widths)], -1))
                 if every_c:
@@ -69,7 +71,8 @@ class RecomputedLayer(Layer):
         batch_sizes, x, h0, c0, y, checkpoints, _, *weights = ctx.saved_tensors
         if torch.is_grad_enabled() or vmap.is_legacy(*upstream):
             with torch.no_grad():
-                _, _, _, *saved = ops.forward[ctx.cell](x, h0, c0, weights, batch_sizes, ctx.directions, True, ops.tf32(x))
+                arguments = (x, h0, c0, weights, batch_sizes, ctx.directions)
+                _, _, _, *saved = ops.forward[ctx.cell](*arguments, True, ops.tf32(x))
             return layer_gradients(ctx, (batch_sizes, x, h0, c0, y, *saved, *weights), *upstream)
         needs = ctx.needs_input_grad[4:]
         return (None, None, None, None, *_gradients(ctx.cell, batch_sizes, x, checkpoints, weights, needs, *upstream))
