@@ -7,6 +7,9 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
+
+import fusedrnn
 
 both = pytest.mark.parametrize("impl", ["torch", "fusedrnn"])
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
@@ -159,3 +162,21 @@ def test_vanishing_gradients(example, impl):
     assert metrics["rnn"] < 1e-6 < 1e-2 < min(metrics["lstm"], metrics["gru"])
     assert metrics["accuracy_clipped"] > 0.9
     assert metrics["accuracy_not_clipped"] < 0.6
+
+
+@both
+def test_t_maze(example, impl, monkeypatch):
+    monkeypatch.setattr("t_maze.SHORTEST", 1)
+    monkeypatch.setattr("t_maze.LONGEST", 2)
+    assert example("t_maze", "--impl", impl, "--steps", "120", "--mazes", "32", "--stretch", "16")["right_turns"] > 0.9
+
+
+def test_t_maze_resets(example):
+    """The loop for torch.nn does what `reset` does in fusedrnn."""
+    t_maze = importlib.import_module("t_maze")
+    policy = t_maze.Policy(fusedrnn, 8)
+    sights, reset = torch.randn(6, 3, t_maze.SIGHTS), torch.rand(6, 3) < 0.4
+    state = (torch.randn(1, 3, 8), torch.randn(1, 3, 8))
+    output, (h_n, c_n) = policy.lstm(sights, state, reset=reset)
+    expected, (expected_h_n, expected_c_n) = t_maze.resetting(policy.lstm, sights, state, reset)
+    torch.testing.assert_close((output, h_n, c_n), (expected, expected_h_n, expected_c_n))
