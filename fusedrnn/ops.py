@@ -62,9 +62,12 @@ def tf32(x: Tensor) -> bool:
     return x.is_cuda and x.dtype is torch.float32 and _cudnn_rnn_precision() == "tf32"
 
 
-@torch.compiler.assume_constant_result
 def _cudnn_rnn_precision() -> str:
     return torch.backends.cudnn.rnn.fp32_precision  # type: ignore[attr-defined]
+
+
+# torch.compiler.assume_constant_result without its import of torch._dynamo, which takes seconds.
+_cudnn_rnn_precision._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _fake_forward(

@@ -229,13 +229,15 @@ def test_same_bits_with_any_number_of_threads(case, dtype, device, capability, r
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_a_sequence_in_pieces_is_the_sequence(name, device, capability):
+def test_a_sequence_in_pieces_is_the_sequence(name, device, capability, request):
     """70,000 steps in one call, and in two with the states carried over."""
-    case = variant(name, T=70_000, N=2, I=2, H=3)
+    emulated = on_cuda_kernels(request.config) and device.type == "cpu"  # a thread at a time
+    T = 2_000 if emulated else 70_000
+    case = variant(name, T=T, N=2, I=2, H=3)
     inputs = make_inputs(case, device)
     whole = forward_ours(case, inputs, save=True)
     state, pieces = (inputs.h0, inputs.c0), []
-    for part in inputs.x.split([30_001, 39_999]):
+    for part in inputs.x.split([T // 3 + 1, T - T // 3 - 1]):
         arguments = (part, *state, inputs.weights, None, 1)
         y, h_n, c_n, _, _ = layer_op(case.cell)(*arguments, False)
         state = (h_n, c_n if case.cell == "lstm" else None)

@@ -12,6 +12,18 @@ from pathlib import Path
 
 TESTS = ["tests/test_ops.py", "tests/test_cuda.py", "-k", "test_plans_agree or (test_ragged_shapes and bfloat16)"]
 
+# The forward kernel's, not the backward one's.
+KEEP = """Step::keep_weights(p, d, at);
+    {}
+  }
+  typename Step::Ahead ahead;
+  for (int64_t s = p.range.first;"""
+
+
+def swap(text: str, old: str, new: str) -> tuple[str, str]:
+    return text.format(old), text.format(new)
+
+
 MUTANTS = [
     ("no barrier before the sums are read", "stepwise.cuh", "}, d.w_hh.row);\n    sync_block();", "}, d.w_hh.row);"),
     ("no meeting between forward steps", "stepwise.cuh", "if (s + 1 < p.range.last) meeting.meet();", ""),
@@ -20,10 +32,10 @@ MUTANTS = [
     ("a meeting doesn't signal", "stepwise.cuh", "signal(counter_);", ""),
     ("h goes to the buffer that is being read", "stepwise.cuh", "d.h[(s + 1) % 2].at(n)", "d.h[s % 2].at(n)"),
     ("two operands of mma swapped", "tile.cuh", "a[1].word[0], a[0].word[1]", "a[0].word[1], a[1].word[0]"),
-    ("backward reads the wrong step", "stepwise.cuh", "next_row = d.steps.first_row(s + 1);", "next_row = d.steps.first_row(s);"),
-    ("weights used before they are kept", "stepwise.cuh", "Step::keep_weights(p, d, at);\n    sync_block();\n  }\n  for (int64_t s = p.range.first", "Step::keep_weights(p, d, at);\n  }\n  for (int64_t s = p.range.first"),
+    ("backward reads the wrong step", "stepwise.cuh", *swap("next_row = d.steps.first_row({});", "s + 1", "s")),
+    ("weights used before they are kept", "stepwise.cuh", *swap(KEEP, "sync_block();", "")),
     ("rows that start late lose their h0", "layer_cuda.cu", "h0_ && i < 2", "h0_ && i < 1"),
-]  # fmt: skip
+]
 
 
 def main() -> int:

@@ -43,13 +43,24 @@ class Meeting {
 
 FUSEDRNN_DEVICE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// Calls element(unit, row, m, n) for the tile's elements with unit < units_end and row < rows_end; m and n count from
-// the tile's corner. Neighbouring threads have neighbouring units.
-template <class Tile, class Element>
-FUSEDRNN_DEVICE void for_each_element(const Place& at, int64_t units_end, int64_t rows_end, Element element) {
-  for (int e = thread_index(); e < units * Tile::columns; e += block_size) {
-    const int m = e % units, n = e / units;
-    if (at.unit + m < units_end && at.row + n < rows_end) element(at.unit + m, at.row + n, m, n);
+// The tile's elements that a thread has: always the same ones, neighbouring threads neighbouring units.
+template <class Tile>
+constexpr int elements = (units * Tile::columns + block_size - 1) / block_size;
+
+// One of them: the unit and the batch entry, the same counted from the tile's corner, and its number.
+struct Element {
+  int64_t unit, n;
+  int m, column, i;
+};
+
+// Calls f(element) for the thread's elements with unit < units_end and n < rows_end.
+template <class Tile, class F>
+FUSEDRNN_DEVICE void for_each_element(const Place& at, int64_t units_end, int64_t rows_end, F f) {
+#pragma unroll
+  for (int i = 0; i < elements<Tile>; ++i) {
+    const int e = thread_index() + i * block_size, m = e % units, column = e / units;
+    if (column < Tile::columns && at.unit + m < units_end && at.row + column < rows_end)
+      f(Element{at.unit + m, at.row + column, m, column, i});
   }
 }
 
@@ -80,6 +91,21 @@ struct ForwardStep {
   using Recurrence = Tile<Math, gates, n_tiles, n_warps>;
   using Projection = Tile<Math, 1, n_tiles, n_warps>;
 
+  // What a thread's elements need of a step beside h: loaded before the block waits for the step's h.
+  struct Ahead {
+    int64_t step = -1;
+    S wx[elements<Recurrence>][gates];
+  };
+  FUSEDRNN_DEVICE static void fetch(const Forward<S>& p, const ForwardDirection<S>& d, const Place& at, int64_t s,
+                                    Ahead& ahead) {
+    ahead.step = s;
+    const int64_t batch = d.steps.batch(s), first_row = batch ? d.steps.first_row(s) : 0;
+    for_each_element<Recurrence>(at, p.H, batch, [&](const Element& e) {
+#pragma unroll
+      for (int g = 0; g < gates; ++g) ahead.wx[e.i][g] = d.wx.at(first_row + e.n)[g * p.H + e.unit];
+    });
+  }
+
   // Row m of the tile's weights: unit m % 16 of gate m / 16.
   FUSEDRNN_DEVICE static const S* w_hh_row(const Forward<S>& p, const ForwardDirection<S>& d, const Place& at, int m) {
     return d.w_hh.at(m / units * p.H + smaller(at.unit + m % units, p.H - 1));
@@ -91,8 +117,8 @@ struct ForwardStep {
     }
   }
 
-  FUSEDRNN_DEVICE static void recurrence(const Forward<S>& p, const ForwardDirection<S>& d, const Place& at,
-                                         int64_t s) {
+  FUSEDRNN_DEVICE static void recurrence(const Forward<S>& p, const ForwardDirection<S>& d, const Place& at, int64_t s,
+                                         const Ahead& ahead) {
     const int64_t batch = d.steps.batch(s), first_row = d.steps.first_row(s);
     if (at.unit >= p.H) return;
     const Rows<S>& h_prev = d.h[s % 2];
@@ -101,13 +127,13 @@ struct ForwardStep {
         sums, p.range.resident ? shared_weights<Recurrence>() : nullptr, [&](int m) { return w_hh_row(p, d, at, m); },
         [&](int n) { return h_prev.at(smaller(at.row + n, batch - 1)); }, d.w_hh.row);
     sync_block();
-    for_each_element<Recurrence>(at, p.H, batch, [&](int64_t unit, int64_t n, int m, int column) {
-      const int64_t r = first_row + n;
+    for_each_element<Recurrence>(at, p.H, batch, [&](const Element& e) {
+      const int64_t unit = e.unit, n = e.n, r = first_row + n;
       A wx[gates], rh[gates], saved[Cell::saved + 1];
 #pragma unroll
       for (int g = 0; g < gates; ++g) {
-        wx[g] = widen(d.wx.at(r)[g * p.H + unit]);
-        rh[g] = Recurrence::sum(sums, g * units + m, column) + value(d.b_hh, g * p.H + unit);
+        wx[g] = widen(ahead.wx[e.i][g]);
+        rh[g] = Recurrence::sum(sums, g * units + e.m, e.column) + value(d.b_hh, g * p.H + unit);
       }
       State<A> prev{};
       if constexpr (Cell::reads_h) prev.h = widen(h_prev.at(n)[unit]);
@@ -142,8 +168,8 @@ struct ForwardStep {
         sums, nullptr, [&](int m) { return d.w_hr.at(smaller(at.unit + m, p.P - 1)); },
         [&](int n) { return d.unprojected.at(smaller(at.row + n, batch - 1)); }, d.w_hr.row);
     sync_block();
-    for_each_element<Projection>(at, p.P, batch, [&](int64_t unit, int64_t n, int m, int column) {
-      store(p, d, s, unit, n, narrow<S>(Projection::sum(sums, m, column)));
+    for_each_element<Projection>(at, p.P, batch, [&](const Element& e) {
+      store(p, d, s, e.unit, e.n, narrow<S>(Projection::sum(sums, e.m, e.column)));
     });
   }
 
@@ -166,12 +192,19 @@ forward_kernel(const Forward<typename Math::Storage> p) {
     Step::keep_weights(p, d, at);
     sync_block();
   }
+  typename Step::Ahead ahead;
   for (int64_t s = p.range.first; s < p.range.last; ++s) {
     if (at.row < d.steps.batch(s)) {  // of all blocks that meet, or of none
-      if (p.range.recurrence) Step::recurrence(p, d, at, s);
+      if (p.range.recurrence) {
+        if (ahead.step != s) Step::fetch(p, d, at, s, ahead);
+        Step::recurrence(p, d, at, s, ahead);
+      }
       if (p.range.recurrence && p.range.projection) meeting.meet();
       if (p.range.projection) Step::projection(p, d, at, s);
-      if (s + 1 < p.range.last) meeting.meet();
+      if (s + 1 < p.range.last) {
+        Step::fetch(p, d, at, s + 1, ahead);
+        meeting.meet();
+      }
     }
   }
 }
@@ -188,6 +221,40 @@ struct BackwardStep {
   static constexpr int gates = Cell::gates;
   using Product = Tile<Math, 1, n_tiles, n_warps>;
 
+  // What a thread's elements need of a step beside drh: loaded before the block waits for the next step's drh.
+  struct Ahead {
+    int64_t step = -2;
+    struct {
+      S saved[Cell::saved + 1], h, h_prev, dy;
+      A c, c_prev, dcells;
+    } of[elements<Product>];
+  };
+  FUSEDRNN_DEVICE static void fetch(const Backward<S>& p, const BackwardDirection<S>& d, const Place& at, int64_t s,
+                                    Ahead& ahead) {
+    ahead.step = s;
+    const int64_t batch = d.steps.batch(s), first_row = batch ? d.steps.first_row(s) : 0;
+    const int64_t known = d.steps.batch(s - 1), row_before = known ? d.steps.first_row(s - 1) : 0;
+    for_each_element<Product>(at, p.P, batch, [&](const Element& e) {
+      if (d.dy) ahead.of[e.i].dy = d.dy.at(first_row + e.n)[e.unit];
+    });
+    for_each_element<Product>(at, p.H, batch, [&](const Element& e) {
+      auto& of = ahead.of[e.i];
+      const int64_t r = first_row + e.n, r_prev = row_before + e.n;
+      const bool starts = e.n >= known;
+#pragma unroll
+      for (int i = 0; i < Cell::saved; ++i) of.saved[i] = d.gates.at(r)[i * p.H + e.unit];
+      if constexpr (Cell::reads_h) {
+        of.h = d.y.at(r)[e.unit];
+        of.h_prev = starts ? (d.h0 ? d.h0[e.n * p.P + e.unit] : S{}) : d.y.at(r_prev)[e.unit];
+      }
+      if constexpr (Cell::has_c) {
+        of.c = d.cells.at(r)[e.unit];
+        of.c_prev = starts ? value(d.c0, e.n * p.H + e.unit) : d.cells.at(r_prev)[e.unit];
+        of.dcells = d.dcells ? d.dcells.at(r)[e.unit] : A(0);
+      }
+    });
+  }
+
   FUSEDRNN_DEVICE static void keep_weights(const Backward<S>& p, const BackwardDirection<S>& d, const Place& at) {
     if (at.unit < p.P) {
       Product::keep(
@@ -196,7 +263,7 @@ struct BackwardStep {
   }
 
   FUSEDRNN_DEVICE static void recurrence(const Backward<S>& p, const BackwardDirection<S>& d, const Place& at,
-                                         int64_t s) {
+                                         int64_t s, const Ahead& ahead) {
     if (at.unit >= p.P) return;
     const int64_t batch = d.steps.batch(s), next_batch = d.steps.batch(s + 1);
     A* sums = shared_sums<Product>();
@@ -209,10 +276,11 @@ struct BackwardStep {
     }
     sync_block();
     const int64_t rows = batch > next_batch ? batch : next_batch;
-    for_each_element<Product>(at, p.P, rows, [&](int64_t unit, int64_t n, int m, int column) {
+    for_each_element<Product>(at, p.P, rows, [&](const Element& e) {
+      const int64_t unit = e.unit, n = e.n;
       A dh;
       if (n < next_batch) {
-        dh = Product::sum(sums, m, column);
+        dh = Product::sum(sums, e.m, e.column);
         if constexpr (Cell::carries_h) dh += d.dh_direct[n * p.P + unit];
       } else {
         dh = value(d.dh_n, n * p.P + unit);
@@ -224,17 +292,16 @@ struct BackwardStep {
         }
         return;
       }
-      const int64_t r = d.steps.first_row(s) + n;
-      if (d.dy) dh += widen(d.dy.at(r)[unit]);
+      if (d.dy) dh += widen(ahead.of[e.i].dy);
       if (p.projected)
-        d.dh.at(r)[unit] = narrow<S>(dh);
+        d.dh.at(d.steps.first_row(s) + n)[unit] = narrow<S>(dh);
       else
-        cell(p, d, s, unit, n, dh);
+        cell(p, d, s, e, ahead, dh);
     });
   }
 
   FUSEDRNN_DEVICE static void projection(const Backward<S>& p, const BackwardDirection<S>& d, const Place& at,
-                                         int64_t s) {
+                                         int64_t s, const Ahead& ahead) {
     if (at.unit >= p.H) return;
     const int64_t batch = d.steps.batch(s), next_batch = d.steps.batch(s + 1);
     A* sums = shared_sums<Product>();
@@ -246,42 +313,35 @@ struct BackwardStep {
     }
     sync_block();
     const int64_t rows = batch > next_batch ? batch : next_batch;
-    for_each_element<Product>(at, p.H, rows, [&](int64_t unit, int64_t n, int m, int column) {
-      if (n < batch) {
-        cell(p, d, s, unit, n, Product::sum(sums, m, column));
-      } else if (d.dc0) {
-        d.dc0[n * p.H + unit] = narrow<S>(d.dc[n * p.H + unit]);
-      }
+    for_each_element<Product>(at, p.H, rows, [&](const Element& e) {
+      if (e.n < batch)
+        cell(p, d, s, e, ahead, Product::sum(sums, e.m, e.column));
+      else if (d.dc0)
+        d.dc0[e.n * p.H + e.unit] = narrow<S>(d.dc[e.n * p.H + e.unit]);
     });
   }
 
-  FUSEDRNN_DEVICE static void cell(const Backward<S>& p, const BackwardDirection<S>& d, int64_t s, int64_t unit,
-                                   int64_t n, A dh) {
-    const int64_t r = d.steps.first_row(s) + n;
-    const bool starts = n >= d.steps.batch(s - 1);
-    const int64_t r_prev = starts ? 0 : d.steps.first_row(s - 1) + n;
+  FUSEDRNN_DEVICE static void cell(const Backward<S>& p, const BackwardDirection<S>& d, int64_t s, const Element& e,
+                                   const Ahead& ahead, A dh) {
+    const auto& of = ahead.of[e.i];
+    const int64_t r = d.steps.first_row(s) + e.n, state = e.n * p.H + e.unit;
     A saved[Cell::saved + 1], dwx[gates], drh[gates];
 #pragma unroll
-    for (int i = 0; i < Cell::saved; ++i) saved[i] = widen(d.gates.at(r)[i * p.H + unit]);
-    State<A> prev{}, state{}, upstream{dh, A(0)};
-    if constexpr (Cell::reads_h) {
-      state.h = widen(d.y.at(r)[unit]);
-      prev.h = starts ? value(d.h0, n * p.P + unit) : A(widen(d.y.at(r_prev)[unit]));
-    }
+    for (int i = 0; i < Cell::saved; ++i) saved[i] = widen(of.saved[i]);
+    State<A> prev{}, now{}, upstream{dh, A(0)};
+    if constexpr (Cell::reads_h) prev.h = widen(of.h_prev), now.h = widen(of.h);
     if constexpr (Cell::has_c) {
-      state.c = d.cells.at(r)[unit];
-      prev.c = starts ? value(d.c0, n * p.H + unit) : d.cells.at(r_prev)[unit];
-      upstream.c = n < d.steps.batch(s + 1) ? d.dc[n * p.H + unit] : value(d.dc_n, n * p.H + unit);
-      if (d.dcells) upstream.c += d.dcells.at(r)[unit];
+      prev.c = of.c_prev, now.c = of.c;
+      upstream.c = (e.n < d.steps.batch(s + 1) ? d.dc[state] : value(d.dc_n, state)) + of.dcells;
     }
-    const State<A> dprev = Cell::backward(saved, prev, state, upstream, dwx, drh);
+    const State<A> dprev = Cell::backward(saved, prev, now, upstream, dwx, drh);
 #pragma unroll
     for (int g = 0; g < gates; ++g) {
-      d.drh.at(r)[g * p.H + unit] = narrow<S>(drh[g]);
-      if (d.dwx) d.dwx.at(r)[g * p.H + unit] = narrow<S>(dwx[g]);
+      d.drh.at(r)[g * p.H + e.unit] = narrow<S>(drh[g]);
+      if (d.dwx) d.dwx.at(r)[g * p.H + e.unit] = narrow<S>(dwx[g]);
     }
-    if constexpr (Cell::carries_h) d.dh_direct[n * p.P + unit] = dprev.h;
-    if constexpr (Cell::has_c) d.dc[n * p.H + unit] = dprev.c;
+    if constexpr (Cell::carries_h) d.dh_direct[state] = dprev.h;
+    if constexpr (Cell::has_c) d.dc[state] = dprev.c;
   }
 };
 
@@ -296,12 +356,17 @@ backward_kernel(const Backward<typename Math::Storage> p) {
     Step::keep_weights(p, d, at);
     sync_block();
   }
+  typename Step::Ahead ahead;
   for (int64_t s = p.range.last - 1; s >= p.range.first; --s) {
     if (at.row < d.steps.batch(s) || at.row < d.steps.batch(s + 1)) {
-      if (p.range.recurrence) Step::recurrence(p, d, at, s);
+      if (ahead.step != s) Step::fetch(p, d, at, s, ahead);
+      if (p.range.recurrence) Step::recurrence(p, d, at, s, ahead);
       if (p.range.recurrence && p.range.projection) meeting.meet();
-      if (p.range.projection) Step::projection(p, d, at, s);
-      if (s > p.range.first) meeting.meet();
+      if (p.range.projection) Step::projection(p, d, at, s, ahead);
+      if (s > p.range.first) {
+        Step::fetch(p, d, at, s - 1, ahead);
+        meeting.meet();
+      }
     }
   }
 }

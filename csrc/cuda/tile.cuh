@@ -116,7 +116,9 @@ struct Tile {
 
     A c[m_tiles][n_tiles][4] = {};
     const int64_t blocks = (K + Math::k - 1) / Math::k;
-#pragma unroll 2
+    [[maybe_unused]] constexpr int ahead =
+        Math::resident && n_tiles <= 2 ? 4 : 2;  // products whose operands are under way together
+#pragma unroll ahead
     for (int64_t block = warp % k_warps; block < blocks; block += k_warps) {
       const int64_t k = block * Math::k + Math::k_of(lane);
       Vector b[n_tiles][Math::b_rows];
