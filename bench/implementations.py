@@ -15,7 +15,10 @@ from torch.nn.utils.rnn import PackedSequence
 from .workload import Workload, arguments, class_name
 
 OURS = "fusedrnn"
-PADDED = "fusedrnn padded"  # the padded batch that a packed one stands for; never a peer
+PADDED = "fusedrnn padded"  # the padded batch that a packed one stands for
+RECOMPUTE = "fusedrnn recompute"  # training with recompute=True
+STREAM = "fusedrnn stream"  # a step through Stream
+OWN = (OURS, PADDED, RECOMPUTE, STREAM)  # never peers
 
 
 @dataclass
@@ -41,8 +44,8 @@ def _flatten(result: Any) -> tuple[Tensor, ...]:
     return tuple(t for part in result for t in _flatten(part))
 
 
-def torch_like(namespace: str) -> Builder:
-    """A module from `namespace` with torch.nn's interface."""
+def torch_like(namespace: str, **options: Any) -> Builder:
+    """A module from `namespace` with torch.nn's interface; `options` are attributes to set."""
 
     def build(work: Workload, threads: int) -> Runner:
         case = work.case
@@ -54,6 +57,8 @@ def torch_like(namespace: str) -> Builder:
         module = getattr(package, class_name(case))(*args, **kwargs, dtype=dtype)
         module.to(work.device).load_state_dict(work.weights)
         module.train(case.training)
+        for name, value in options.items():
+            setattr(module, name, value)
         x, hx = work.x, work.state
         if not case.training:
             names = ("y", "h_n", "c_n") if case.mode != "cells" else ("h_n", "c_n")
@@ -76,6 +81,30 @@ def torch_like(namespace: str) -> Builder:
             return {name: g.float() for name, g in zip(leaves, found, strict=True)}
 
         return Runner(step, gradients)
+
+    return build
+
+
+def stream(namespace: str) -> Builder:
+    """A step through `namespace`.Stream, which goes on from its own state at the next call."""
+
+    def build(work: Workload, threads: int) -> Runner:
+        case = work.case
+        package = importlib.import_module(namespace)
+        if not hasattr(package, "Stream"):
+            raise Unavailable("n/a")
+        args, kwargs = arguments(case)
+        dtype = next(iter(work.weights.values())).dtype
+        module = getattr(package, class_name(case))(*args, **kwargs, dtype=dtype)
+        module.to(work.device).load_state_dict(work.weights)
+        made = package.Stream(module.eval(), case.shape.n)
+        made.state = work.state
+
+        def named(result: Tensor) -> dict[str, Tensor]:
+            states = zip(("h_n", "c_n"), _flatten(made.state), strict=False)
+            return {"y": result.float(), **{name: state.float() for name, state in states}}
+
+        return Runner(lambda: made(work.x), named)
 
     return build
 
@@ -195,6 +224,10 @@ def contestants(work: Workload, ours: str | None) -> dict[str, Builder]:
         found[OURS] = torch_like(ours)
         if work.case.packed:
             found[PADDED] = padded(ours)
+        if work.case.mode == "training":
+            found[RECOMPUTE] = torch_like(ours, recompute=True)
+        if work.case.mode == "step":
+            found[STREAM] = stream(ours)
     found["torch"] = torch_like("torch.nn")
     if work.device == "cuda":
         found["torch, cuDNN off"] = without_cudnn

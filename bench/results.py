@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .implementations import OURS, PADDED
+from .implementations import OURS, OWN, PADDED
 from .limits import Limits
 
 DISTURBED = 0.05  # a share of the processors above this used by others spoils a timing
@@ -56,7 +56,7 @@ class Row:
         timed = {
             name: entry.median_us
             for name, entry in self.entries.items()
-            if entry.median_us is not None and name not in (OURS, PADDED)
+            if entry.median_us is not None and name not in OWN
         }
         return min(timed, key=lambda name: timed[name]) if timed else None
 

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "build_facts.h"  // written by setup.py
+#include "cpu/explain.h"
 #include "cuda/plan.h"
 
 namespace py = pybind11;
@@ -45,6 +46,22 @@ void set_cpu_capability(const std::string& name) {
   }
 }
 
+// The names are those of csrc/cpu/explain.h.
+py::dict cpu_plan(const std::string& cell, const std::string& dtype, int64_t T, int64_t N, int64_t I, int64_t H,
+                  int64_t P, int directions, bool projected) {
+  const fusedrnn::CpuExplanation e = fusedrnn::explain_cpu({cell, dtype, T, N, I, H, P, directions, projected});
+  py::dict d;
+  d["capability"] = fusedrnn_cpu_capability();
+  d["threads"] = e.threads;
+  d["max_threads"] = e.max_threads;
+  d["multiply_adds"] = e.multiply_adds;
+  d["multiply_adds_per_thread"] = fusedrnn::multiply_adds_per_thread;
+  d["row_groups"] = e.plan.split.row_groups;
+  d["unit_groups"] = e.plan.split.unit_groups;
+  d["packed"] = e.plan.packed;
+  return d;
+}
+
 // The names are those of csrc/cuda/plan.h.
 py::dict cuda_plan(int64_t T, int64_t N, int64_t H, int64_t P, int directions, int gates, int64_t K, int64_t element,
                    bool tensor_cores, bool projected, int64_t processors, int64_t shared_bytes) {
@@ -66,6 +83,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info, "What was built: version, compiler, torch's version, instruction sets, CUDA.");
   m.def("cpu_capability", &fusedrnn_cpu_capability, "The instruction set that the CPU kernels use.");
   m.def("set_cpu_capability", &set_cpu_capability, py::arg("name"), "Makes the CPU kernels use an instruction set.");
+  m.def("cpu_plan", &cpu_plan, py::kw_only(), py::arg("cell"), py::arg("dtype"), py::arg("T"), py::arg("N"),
+        py::arg("I"), py::arg("H"), py::arg("P"), py::arg("directions"), py::arg("projected"),
+        "How a padded layer would run on the CPU.");
   m.def("cuda_plan", &cuda_plan, py::kw_only(), py::arg("T"), py::arg("N"), py::arg("H"), py::arg("P"),
         py::arg("directions"), py::arg("gates"), py::arg("K"), py::arg("element"), py::arg("tensor_cores"),
         py::arg("projected"), py::arg("processors"), py::arg("shared_bytes"),

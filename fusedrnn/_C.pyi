@@ -9,6 +9,16 @@ class BuildInfo(TypedDict):
     cuda_archs: tuple[str, ...]
     sanitize: str | None
 
+class CpuPlan(TypedDict):
+    capability: str
+    threads: int
+    max_threads: int
+    multiply_adds: float
+    multiply_adds_per_thread: float
+    row_groups: int
+    unit_groups: int
+    packed: bool
+
 class CudaPlan(TypedDict):
     name: str
     reason: str
@@ -19,6 +29,9 @@ class CudaPlan(TypedDict):
 def build_info() -> BuildInfo: ...
 def cpu_capability() -> str: ...
 def set_cpu_capability(name: str) -> None: ...
+def cpu_plan(
+    *, cell: str, dtype: str, T: int, N: int, I: int, H: int, P: int, directions: int, projected: bool
+) -> CpuPlan: ...
 def cuda_plan(
     *,
     T: int,

@@ -9,11 +9,14 @@ Derivatives of any order work; no gradient, no memory for one.
 """
 
 from . import functional, onnx, ops, reference
+from ._C import build_info
 from .cells import GRUCell, LSTMCell, RNNCell
 from .convert import convert, patch
+from .explanation import explain
 from .migrate import convert_gru_weights, load_keras_weights, load_onnx_weights
 from .modules import GRU, LSTM, RNN
 from .plan import use_plan
+from .profiling import profile_ranges
 from .stream import Stream
 
 __all__ = [
@@ -24,14 +27,17 @@ __all__ = [
     "LSTMCell",
     "RNNCell",
     "Stream",
+    "build_info",
     "convert",
     "convert_gru_weights",
+    "explain",
     "functional",
     "load_keras_weights",
     "load_onnx_weights",
     "onnx",
     "ops",
     "patch",
+    "profile_ranges",
     "reference",
     "use_plan",
 ]

@@ -19,6 +19,7 @@ from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence
 
 from . import autograd, ops
+from .profiling import in_range, ranges_enabled
 from .recompute import RecomputedLayer
 from .rows import Lengths, Segments, of_nested, of_padded
 
@@ -407,7 +408,9 @@ def stack(
         h0, c0 = (*own, None, None)[:2]
         own_weights = weights[k * count : (k + 1) * count]
         wanted = every_c and k == num_layers - 1
-        x, h_n, c_n, _, cells = layer(cell, x, h0, c0, own_weights, batch_sizes, directions, wanted, recompute)
+        arguments = (cell, x, h0, c0, own_weights, batch_sizes, directions, wanted, recompute)
+        results = in_range(cell, k, layer, arguments) if ranges_enabled() else layer(*arguments)
+        x, h_n, c_n, _, cells = results
         finals.append((h_n, c_n) if cell == "lstm" else (h_n,))
     outputs = (x, cells.to(x.dtype).view(*x.shape[:-1], directions * cells.shape[-1])) if every_c else (x,)
     if num_layers == 1:

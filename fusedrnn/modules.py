@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import ops
 from .functional import ARGUMENT_ERRORS, States, autocast_enabled, in_torch_words, layer, network, pair
+from .profiling import ranges_enabled
 from .rows import Lengths
 
 # Taken now: patch() rebinds the names.
@@ -112,6 +113,7 @@ class _OneState(FusedBase):
                 and lengths is None
                 and reset is None
                 and not autocast_enabled()
+                and not ranges_enabled()
                 and not _is_compiling()
             ):
                 x = input.transpose(0, 1) if self.batch_first else input
@@ -328,6 +330,7 @@ class LSTM(FusedBase):
                 and reset is None
                 and not return_cell_states
                 and not autocast_enabled()
+                and not ranges_enabled()
                 and not _is_compiling()
             ):
                 x = input.transpose(0, 1) if self.batch_first else input

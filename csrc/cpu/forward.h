@@ -40,9 +40,13 @@ class ForwardPass {
     });
   }
 
+  ForwardPlan plan(int threads) const {
+    const double panel_bytes = double(w_hh_.width() * w_hh_.K * sizeof(S));
+    return {plan_split(threads, double(shape_.rows()) / shape_.T, w_hh_.panel_count(), panel_bytes), w_hh_.packed};
+  }
+
   void run(const Member& me) {
-    const Split split = plan_split(me.size, double(shape_.rows()) / shape_.T, w_hh_.panel_count(),
-                                   double(w_hh_.width() * w_hh_.K * sizeof(S)));
+    const Split split = plan(me.size).split;
     prepare(me);
     me.meet();
     if (me.id >= split.threads()) return;

@@ -56,7 +56,13 @@ void backward(const Backward<S>* p, int count, int threads) {
 }
 
 template <class Cell, class S>
-inline constexpr LayerKernels<S> layer_kernels = {forward<Cell, S>, backward<Cell, S>};
+ForwardPlan plan(const Forward<S>* p, int count, int threads) {
+  const bool both_at_once = count == 2 && threads % 2 == 0;
+  return ForwardPass<Cell, S, false>(*p, threads).plan(both_at_once ? threads / 2 : threads);
+}
+
+template <class Cell, class S>
+inline constexpr LayerKernels<S> layer_kernels = {forward<Cell, S>, backward<Cell, S>, plan<Cell, S>};
 
 #define FUSEDRNN_CELLS(S) \
   {layer_kernels<RNNTanh, S>, layer_kernels<RNNRelu, S>, layer_kernels<LSTM, S>, layer_kernels<GRU, S>}

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "params.h"
+#include "plan.h"
 
 namespace fusedrnn {
 
@@ -13,6 +14,8 @@ struct LayerKernels {
   // All directions of a layer, on up to `threads` threads.
   void (*forward)(const Forward<S>* directions, int count, int threads);
   void (*backward)(const Backward<S>* directions, int count, int threads);
+  // What `forward` would do without saving, for the first direction.
+  ForwardPlan (*plan)(const Forward<S>* directions, int count, int threads);
 };
 
 struct Kernels {

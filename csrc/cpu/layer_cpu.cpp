@@ -44,7 +44,7 @@ Weights<S> weights_of(const Layer& l, const std::vector<Tensor>& weights, int64_
 }
 
 int threads_for(const Layer& l) {
-  return plan_threads(max_threads(), double(l.rows) * l.directions * l.gates * l.H * (l.I + l.P));
+  return plan_threads(max_threads(), layer_multiply_adds(l.rows, l.directions, l.gates, l.H, l.I, l.P));
 }
 
 // The kernel on tensors that are dense as it needs them, into the results.

@@ -31,10 +31,21 @@ inline Split plan_split(int threads, double batch, int64_t panels, double panel_
   return best;
 }
 
-// Threads worth waking for an op of this much work.
-inline int plan_threads(int available, double multiply_adds) {
-  constexpr double per_thread = 150e3;
-  return int(std::clamp(multiply_adds / per_thread, 1.0, double(available)));
+// Of a layer's matrix products, forward.
+inline double layer_multiply_adds(int64_t rows, int64_t directions, int64_t gates, int64_t H, int64_t I, int64_t P) {
+  return double(rows) * directions * gates * H * (I + P);
 }
+
+// Threads worth waking for an op of this much work.
+constexpr double multiply_adds_per_thread = 150e3;
+inline int plan_threads(int available, double multiply_adds) {
+  return int(std::clamp(multiply_adds / multiply_adds_per_thread, 1.0, double(available)));
+}
+
+// How the forward pass of a direction runs.
+struct ForwardPlan {
+  Split split;
+  bool packed;  // the weights are rewritten in panels
+};
 
 }  // namespace fusedrnn

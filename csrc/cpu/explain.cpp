@@ -1,0 +1,48 @@
+#include "explain.h"
+
+#include <stdexcept>
+#include <vector>
+
+#include "../cells/gru.h"
+#include "../cells/lstm.h"
+#include "../cells/rnn.h"
+#include "kernels.h"
+#include "team.h"
+
+namespace fusedrnn {
+namespace {
+
+template <class S>
+CpuExplanation explain(const CpuLayer& l, CellKind kind, int gates) {
+  std::vector<int64_t> offset(l.T + 1);
+  for (int64_t t = 0; t <= l.T; ++t) offset[t] = t * l.N;
+  Forward<S> direction{};
+  direction.shape = {l.T, l.N, l.I, l.H, l.P, offset.data(), false, l.projected};
+  CpuExplanation e{};
+  e.max_threads = max_threads();
+  e.multiply_adds = layer_multiply_adds(l.T * l.N, l.directions, gates, l.H, l.I, l.P);
+  e.threads = plan_threads(e.max_threads, e.multiply_adds);
+  const Forward<S> directions[2] = {direction, direction};
+  e.plan = cpu_kernels().of<S>(kind).plan(directions, l.directions, e.threads);
+  return e;
+}
+
+CpuExplanation explain(const CpuLayer& l, CellKind kind, int gates) {
+  if (l.dtype == "float64") return explain<double>(l, kind, gates);
+  if (l.dtype == "bfloat16") return explain<bf16>(l, kind, gates);
+  if (l.dtype == "float32" || l.dtype == "float16") return explain<float>(l, kind, gates);
+  throw std::invalid_argument("unknown dtype '" + l.dtype + "'");
+}
+
+}  // namespace
+
+CpuExplanation explain_cpu(const CpuLayer& l) {
+  if (l.T < 1 || l.N < 1) throw std::invalid_argument("expected at least one step of one sequence");
+  if (l.cell == "lstm") return explain(l, CellKind::lstm, LSTM::gates);
+  if (l.cell == "gru") return explain(l, CellKind::gru, GRU::gates);
+  if (l.cell == "rnn_tanh") return explain(l, CellKind::rnn_tanh, RNNTanh::gates);
+  if (l.cell == "rnn_relu") return explain(l, CellKind::rnn_relu, RNNRelu::gates);
+  throw std::invalid_argument("unknown cell '" + l.cell + "'");
+}
+
+}  // namespace fusedrnn

@@ -1,0 +1,82 @@
+"""How a module would run, in words: kernels, threads and plans, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from . import _C
+from .modules import CELL, FusedBase
+
+
+def explain(module: Any, shape: Sequence[int]) -> list[dict[str, Any]]:
+    """Prints how a module would run on an input, layer by layer: kernel, instruction set, threads, plan, and why.
+
+    Args:
+        module: an ``LSTM``, ``GRU`` or ``RNN`` of fusedrnn, on the device in question.
+        shape: of the input: ``[T, N, I]`` (``[N, T, I]`` if the module is ``batch_first``), or ``[T, I]``.
+
+    Returns:
+        The same facts, a dict for each layer.
+
+    Raises:
+        TypeError: ``module`` is of another class.
+        ValueError: ``shape`` is not one of the module's inputs.
+    """
+    if not isinstance(module, FusedBase):
+        raise TypeError(f"expected fusedrnn's LSTM, GRU or RNN, got {type(module).__name__}")
+    if len(shape) not in (2, 3) or shape[-1] != module.input_size or min(shape) < 1:
+        raise ValueError(f"expected the shape of an input with {module.input_size} features, got {list(shape)}")
+    t, n = (shape[0], 1) if len(shape) == 2 else (shape[1], shape[0]) if module.batch_first else (shape[0], shape[1])
+    weight = module._weights()[0]
+    found = []
+    for k in range(module.num_layers):
+        directions, projected = 2 if module.bidirectional else 1, module.proj_size or module.hidden_size
+        facts = {
+            "cell": CELL[module.mode],
+            "dtype": str(weight.dtype).removeprefix("torch."),
+            "T": t,
+            "N": n,
+            "I": module.input_size if k == 0 else directions * projected,
+            "H": module.hidden_size,
+            "P": projected,
+            "directions": directions,
+            "projected": module.proj_size > 0,
+        }
+        found.append({"layer": k, "device": str(weight.device), **facts, **_plan(weight.device, facts)})
+        print("\n".join(_words(found[-1])))
+    return found
+
+
+def _plan(device: torch.device, facts: dict[str, Any]) -> Mapping[str, object]:
+    """What the library says of a layer; of a GPU's nothing yet."""
+    return _C.cpu_plan(**facts) if device.type == "cpu" else {}
+
+
+def _words(facts: dict[str, Any]) -> list[str]:
+    size = ", ".join(f"{name} {facts[name]}" for name in ("T", "N", "I", "H"))
+    ways = ", both directions" if facts["directions"] == 2 else ""
+    lines = [f"layer {facts['layer']}: {facts['cell']}, {facts['dtype']}, {size}{ways}, on {facts['device']}"]
+    if "capability" in facts:
+        lines += [f"  {name + ':':<10}{text}" for name, text in _cpu_words(facts)]
+    return lines
+
+
+def _cpu_words(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    computed = {"float16": "; computed in float32", "bfloat16": "; accumulated in float32"}.get(facts["dtype"], "")
+    threads, rows, units = facts["threads"], facts["row_groups"], facts["unit_groups"]
+    work, each = facts["multiply_adds"], facts["multiply_adds_per_thread"]
+    parts = f"{rows} x batch entries (share nothing), {units} x hidden units (meet at a barrier every step)"
+    if facts["directions"] == 2 and threads % 2 == 0:
+        parts += ", for each direction: both run at once"
+    weights = (
+        "rewritten in panels at every call" if facts["packed"] else "read as they are: too few rows to pack them for"
+    )
+    return [
+        ("kernel", f"{facts['capability']} instructions{computed}"),
+        ("threads", f"{threads} of {facts['max_threads']}: {work:.3g} multiply-adds, a thread for each {each:.3g}"),
+        ("division", parts if threads > 1 else "none"),
+        ("weights", weights),
+    ]

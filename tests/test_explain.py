@@ -1,0 +1,103 @@
+"""What the package says about itself: explain, ranges and names in the profiler, build_info."""
+
+import pytest
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+import fusedrnn
+from fusedrnn import _C
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def ranges():
+    fusedrnn.profile_ranges(True)
+    yield
+    fusedrnn.profile_ranges(False)
+
+
+def names(run):
+    with profile(activities=[ProfilerActivity.CPU]) as trace:
+        run()
+    return {event.key: event.count for event in trace.key_averages()}
+
+
+def test_ops_have_names(device):
+    module, x = fusedrnn.GRU(4, 6, num_layers=2, device=device), torch.randn(5, 3, 4, device=device)
+    found = names(lambda: module(x)[0].sum().backward())
+    assert found["fusedrnn::gru"] == found["fusedrnn::gru_backward"] == 2
+    assert not any("layer" in name for name in found)
+
+
+@pytest.mark.parametrize("num_layers", [1, 2])
+@pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
+def test_ranges(grad, num_layers, ranges, device):
+    module, x = fusedrnn.LSTM(4, 6, num_layers=num_layers, device=device), torch.randn(5, 3, 4, device=device)
+    with torch.set_grad_enabled(grad):
+        found = names(lambda: module(x))
+    assert {name: n for name, n in found.items() if "layer" in name} == {
+        f"fusedrnn lstm layer {k}": 1 for k in range(num_layers)
+    }
+
+
+def test_ranges_leave_results_alone(ranges, device):
+    module, x = fusedrnn.LSTM(4, 6, device=device), torch.randn(5, 3, 4, device=device)
+    found, _ = module(x)
+    fusedrnn.profile_ranges(False)
+    assert torch.equal(found, module(x)[0])
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_explain(threads, capability, capsys):
+    torch.set_num_threads(threads)
+    module = fusedrnn.LSTM(64, 128, num_layers=2, bidirectional=True, proj_size=32)
+    first, second = fusedrnn.explain(module, (100, 16, 64))
+    assert first == {
+        **first, "layer": 0, "device": "cpu", "cell": "lstm", "dtype": "float32", "T": 100, "N": 16, "I": 64, "H": 128,
+        "P": 32, "directions": 2, "projected": True, "capability": capability, "threads": threads,
+        "max_threads": threads, "multiply_adds": 100 * 16 * 2 * 4 * 128 * 96, "packed": True,
+    }  # fmt: skip
+    assert first["row_groups"] * first["unit_groups"] == 1  # of the threads, one for each direction
+    assert (second["layer"], second["I"]) == (1, 64)
+    printed = capsys.readouterr().out
+    assert "layer 0: lstm, float32, T 100, N 16, I 64, H 128, both directions, on cpu" in printed
+    assert f"{capability} instructions" in printed
+    assert f"{threads} of {threads}" in printed
+
+
+def test_explain_small_and_large():
+    torch.set_num_threads(2)
+    (step,) = fusedrnn.explain(fusedrnn.GRU(8, 8), (1, 1, 8))
+    assert (step["threads"], step["packed"]) == (1, False)
+    (large,) = fusedrnn.explain(fusedrnn.GRU(256, 256), (100, 64, 256))
+    assert large["threads"] == large["row_groups"] * large["unit_groups"] == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])
+def test_explain_every_kind(name, dtype):
+    module = getattr(fusedrnn, name)(4, 6, dtype=dtype, batch_first=True)
+    (facts,) = fusedrnn.explain(module, (3, 7, 4))
+    assert (facts["N"], facts["T"]) == (3, 7)
+    (facts,) = fusedrnn.explain(module, (7, 4))
+    assert (facts["N"], facts["T"]) == (1, 7)
+
+
+def test_explain_refuses():
+    with pytest.raises(TypeError, match="fusedrnn's LSTM, GRU or RNN"):
+        fusedrnn.explain(nn.LSTM(4, 6), (5, 3, 4))
+    for shape in ((5, 3, 5), (4,), (0, 3, 4), (1, 5, 3, 4)):
+        with pytest.raises(ValueError, match="expected the shape of an input with 4 features"):
+            fusedrnn.explain(fusedrnn.LSTM(4, 6), shape)
+    good = {"T": 1, "N": 1, "I": 1, "H": 1, "P": 1, "directions": 1, "projected": False}
+    for wrong in ({"cell": "lstm", "dtype": "int8"}, {"cell": "elman", "dtype": "float32"}):
+        with pytest.raises(ValueError, match="unknown"):
+            _C.cpu_plan(**good, **wrong)
+
+
+def test_build_info():
+    info = fusedrnn.build_info()
+    assert info["version"] == fusedrnn.__version__
+    assert "default" in info["cpu_capabilities"]
