@@ -68,15 +68,19 @@ def _cpu_words(facts: dict[str, Any]) -> list[tuple[str, str]]:
     computed = {"float16": "; computed in float32", "bfloat16": "; accumulated in float32"}.get(facts["dtype"], "")
     threads, rows, units = facts["threads"], facts["row_groups"], facts["unit_groups"]
     work, each = facts["multiply_adds"], facts["multiply_adds_per_thread"]
-    parts = f"{rows} x batch entries (share nothing), {units} x hidden units (meet at a barrier every step)"
+    parts = []
+    if rows > 1:
+        parts.append(f"{rows} parts of the batch, which share nothing")
+    if units > 1:
+        parts.append(f"{units} parts of the hidden units, which meet at a barrier every step")
     if facts["directions"] == 2 and threads % 2 == 0:
-        parts += ", for each direction: both run at once"
+        parts.append("both directions at once")
     weights = (
         "rewritten in panels at every call" if facts["packed"] else "read as they are: too few rows to pack them for"
     )
     return [
         ("kernel", f"{facts['capability']} instructions{computed}"),
-        ("threads", f"{threads} of {facts['max_threads']}: {work:.3g} multiply-adds, a thread for each {each:.3g}"),
-        ("division", parts if threads > 1 else "none"),
+        ("threads", f"{threads} of {facts['max_threads']}: {work:,.0f} multiply-adds, a thread for each {each:,.0f}"),
+        ("division", "; ".join(parts) or "none"),
         ("weights", weights),
     ]

@@ -52,6 +52,7 @@ def test_ranges_leave_results_alone(ranges, device):
 @pytest.mark.parametrize("threads", [1, 2])
 def test_explain(threads, capability, capsys):
     torch.set_num_threads(threads)
+    capability = capability or _C.cpu_capability()
     module = fusedrnn.LSTM(64, 128, num_layers=2, bidirectional=True, proj_size=32)
     first, second = fusedrnn.explain(module, (100, 16, 64))
     assert first == {
@@ -64,7 +65,8 @@ def test_explain(threads, capability, capsys):
     printed = capsys.readouterr().out
     assert "layer 0: lstm, float32, T 100, N 16, I 64, H 128, both directions, on cpu" in printed
     assert f"{capability} instructions" in printed
-    assert f"{threads} of {threads}" in printed
+    assert f"{threads} of {threads}: 157,286,400 multiply-adds" in printed.splitlines()[2]
+    assert ("both directions at once" in printed) == (threads == 2)
 
 
 def test_explain_small_and_large():
