@@ -51,7 +51,6 @@ def _select(state: Tensor, index: Tensor) -> Tensor:
     return each[0] if directions == 1 else torch.stack(each, 1).flatten(0, 1)
 
 
-@torch.compiler.disable
 def of_padded(x: Tensor, lengths: Lengths | None, reset: Tensor | None, batch_first: bool, directions: int) -> Segments:
     """The segments of padded ``x [T, N, I]`` (``[N, T, I]`` if ``batch_first``), as rows of ``x.flatten(0, 1)``.
 
@@ -80,7 +79,6 @@ def of_padded(x: Tensor, lengths: Lengths | None, reset: Tensor | None, batch_fi
     return _segments(lengths.long(), reset, first_row, row_step, directions, x.device)
 
 
-@torch.compiler.disable
 def of_nested(x: Any, directions: int) -> Segments:
     """The segments of a jagged nested tensor ``[N, (lengths), I]``, as rows of ``x.values()``."""
     offsets, lengths = x.offsets().cpu(), x.lengths()

@@ -257,7 +257,7 @@ at::Tensor nested(const at::Tensor& x, const at::Tensor& h, at::TensorList weigh
   at::parallel_for(0, calls, 1, [&](int64_t begin, int64_t end) {
     at::NoGradGuard no_grad;
     for (int64_t i = begin; i < end; ++i) {
-      torch::jit::Stack stack{x, h, c10::IValue(), weights.vec(), c10::IValue(), int64_t(1), false};
+      torch::jit::Stack stack{x, h, c10::IValue(), weights.vec(), c10::IValue(), int64_t(1), false, false};
       op.callBoxed(&stack);
       y[i].copy_(stack[0].toTensor());
     }
