@@ -14,11 +14,12 @@ CUDA_HOST := tests/test_ops.py tests/test_ops_edges.py tests/test_cuda.py
 SANITIZERS = $(foreach name,asan stdc++,$(shell $(CXX) -print-file-name=lib$(name).so))
 TORCH_STAMP := $(VENV)/.torch-$(shell printf %s '$(TORCH)' | tr -c 'A-Za-z0-9.' _)
 
-.PHONY: help test bench docs lint format asan cuda-host mutants gpu clean
+.PHONY: help test integration bench docs lint format asan cuda-host mutants gpu clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make test     install everything in $(VENV) and run all tests   (ARGS='-k gru': pytest's arguments)"
+	@echo "make integration  programs written for torch.nn (fastai, darts, ...) run on fusedrnn"
 	@echo "make bench    install, time fusedrnn against its peers, train the demo   (BENCH=: the full benchmark)"
 	@echo "make lint     ruff, clang-format and mypy;  make format  lets the first two change the files"
 	@echo "make docs     draw the pictures and build the documentation: build/docs/index.html"
@@ -40,12 +41,15 @@ $(TORCH_STAMP): | $(BIN)/python
 	touch $@
 
 # Each stamp is the package, built and installed editable, with one extra's dependencies.
-$(VENV)/.test $(VENV)/.bench $(VENV)/.dev $(VENV)/.docs: $(VENV)/.%: $(TORCH_STAMP) $(SOURCES)
+$(VENV)/.test $(VENV)/.integration $(VENV)/.bench $(VENV)/.dev $(VENV)/.docs: $(VENV)/.%: $(TORCH_STAMP) $(SOURCES)
 	$(PIP) install -e '.[$*]'
 	touch $@
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest $(ARGS)
+
+integration: $(VENV)/.integration
+	$(BIN)/python -m pytest tests/integration $(ARGS)
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m bench $(BENCH)

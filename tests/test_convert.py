@@ -1,17 +1,21 @@
 """convert(model) and patch(): bringing ours into models and programs written for torch.nn."""
 
 import copy
+import re
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import relative_error
 from torch import nn
+from torch.ao.quantization import quantize_dynamic
 from torch.nn.utils import parametrizations
 
 import fusedrnn
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+MIGRATION = Path(__file__).resolve().parent.parent / "docs" / "migration.md"
 NAMES = ["LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell"]
 I, H, T, N = 4, 6, 5, 3
 
@@ -154,6 +158,24 @@ def test_convert_leaves_others_alone():
     fusedrnn.convert(model)
     assert [type(m) for m in model] == types
     assert model[0](None) == "mine"
+
+
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "LSTMCell", "GRUCell", "RNNCell"])
+@pytest.mark.filterwarnings("ignore:.*quantiz")
+def test_dynamic_quantization(name):
+    """By itself it passes ours by; the lines of docs/migration.md quantize them as torch.nn's."""
+    recipe = re.search(r"```python\n(from torch\.ao\.quantization.*?)```", MIGRATION.read_text(), re.DOTALL)
+    assert recipe
+    model = nn.Sequential(getattr(nn, name)(I, H))
+    x = torch.randn(N, I) if name.endswith("Cell") else torch.randn(T, N, I)
+    quantized = quantize_dynamic(model)
+    assert type(fusedrnn.convert(copy.deepcopy(quantized))[0]) is type(quantized[0])
+    fusedrnn.convert(model)
+    assert isinstance(quantize_dynamic(model)[0], getattr(fusedrnn, name))
+    names = {"fusedrnn": fusedrnn, "torch": torch, "model": model}
+    exec(recipe[1], names)
+    assert type(names["quantized"][0]) is type(quantized[0])
+    assert torch.equal(first(names["quantized"](x)), first(quantized(x)))
 
 
 def test_patch_as_a_context():
