@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from bench.implementations import OURS, PADDED
+from bench.implementations import OURS
 from bench.results import Results, Row, load
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,7 +29,7 @@ def newest(device: str, peers: set[str]) -> Results:
     for path in ROOT.glob("bench/results/**/results.json"):
         results = load(path)
         plain = [row for row in results.rows if row.group in ("inference", "training")]
-        names = {name for row in plain for name in row.entries} - {OURS, PADDED}
+        names = {name for row in plain for name in row.entries if not name.startswith(OURS)}
         if results.environment["device"] == device and names == peers:
             found.append(results)
     if not found:

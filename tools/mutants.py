@@ -15,7 +15,7 @@ TESTS = ["tests/test_ops.py", "tests/test_cuda.py", "-k", "test_plans_agree or (
 # The forward kernel's, not the backward one's.
 KEEP = """Step::keep_weights(p, d, at);
     {}
-  }
+  }}
   typename Step::Ahead ahead;
   for (int64_t s = p.range.first;"""
 

@@ -11,6 +11,17 @@
 
 namespace fusedrnn {
 
+// Huge pages for memory that is about to be written for the first time: fewer faults, and the hardware's prefetchers
+// are not stopped at every 4 KB.
+constexpr size_t huge_page = 2 << 20;
+inline void advise_huge_pages([[maybe_unused]] void* p, [[maybe_unused]] size_t bytes) {
+#ifdef __linux__
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(p) + huge_page - 1) / huge_page * huge_page;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(p) + bytes) / huge_page * huge_page;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
 class Arena {
  public:
   Arena() = default;
@@ -30,15 +41,11 @@ class Arena {
   template <class Layout>
   void allocate(Layout layout) {
     layout(*this);
-    // Huge pages: fewer faults, and the hardware's prefetchers are not stopped at every 4 KB of a panel.
-    constexpr size_t huge_page = 2 << 20;
     const size_t alignment = used_ < 2 * huge_page ? 64 : huge_page;
     const size_t size = (used_ / alignment + 1) * alignment;
     base_ = static_cast<char*>(std::aligned_alloc(alignment, size));
     if (!base_) throw std::bad_alloc();
-#ifdef __linux__
-    if (alignment == huge_page) madvise(base_, size, MADV_HUGEPAGE);
-#endif
+    if (alignment == huge_page) advise_huge_pages(base_, size);
     used_ = 0;
     layout(*this);
   }

@@ -30,7 +30,8 @@ class BackwardPass {
     w_hh_ = {.K = G * H, .units = P, .columns = p.weights.w_hh, .shift = Cell::shared * H};
     w_ih_ = {.K = G * H, .units = I, .columns = p.weights.w_ih, .shift = 0};
     w_hr_ = {.K = P, .units = H, .columns = p.weights.w_hr, .shift = 0};
-    ldg_ = Slot::count * H;
+    // A cache line more: rows a power of two apart would all fall into the same few places of the cache.
+    ldg_ = Slot::count * H + 64 / int64_t(sizeof(S));
     arena_.allocate([&, N = N, I = I, H = H, P = P](Arena& arena) {
       layout_matrix(arena, w_hh_, true);
       layout_matrix(arena, w_ih_, p_.dx != nullptr);
@@ -285,7 +286,7 @@ class BackwardPass {
   Arena arena_;
   Matrix<S> w_ih_, w_hh_, w_hr_;
   Groups groups_;
-  int64_t ldg_;                // slots * H
+  int64_t ldg_;                // elements between rows of dgates
   S* dgates_;                  // [rows, slots, H]
   S* dh_projected_;            // [rows, P]: dL/dh, before a projection's backward
   A* dh_;                      // [N, P]: dh_n, then what the cell carries to h_prev

@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "../tensors.h"
+#include "arena.h"
 #include "kernels.h"
 #include "plan.h"
 #include "team.h"
@@ -70,6 +71,13 @@ void run_forward(const Layer& l, const Tensor& x, const MaybeTensor& h0, const M
   cpu_kernels().of<S>(kind_of<Cell>()).forward(p, int(D), threads_for(l));
 }
 
+// The forward pass writes all of it: y, the gates, the cells.
+Tensor empty_large(const std::vector<int64_t>& shape, ScalarType dtype, const Tensor& like) {
+  const Tensor t = empty(shape, dtype, like);
+  advise_huge_pages(t.data_ptr(), size_t(t.numel()) * t.element_size());
+  return t;
+}
+
 template <class Cell, class S>
 ForwardResult forward(const Layer& l, const Tensor& x_, const MaybeTensor& h0_, const MaybeTensor& c0_,
                       const std::vector<Tensor>& weights_, bool save) {
@@ -77,10 +85,10 @@ ForwardResult forward(const Layer& l, const Tensor& x_, const MaybeTensor& h0_, 
   const MaybeTensor h0 = dense(h0_), c0 = dense(c0_);
   const std::vector<Tensor> weights = dense(weights_);
   const std::vector<int64_t> none{0};
-  const Tensor y = empty(l.y_shape(), l.dtype, x), h_n = empty(l.h_shape(), l.dtype, x);
+  const Tensor y = empty_large(l.y_shape(), l.dtype, x), h_n = empty(l.h_shape(), l.dtype, x);
   const Tensor c_n = empty(l.has_c ? l.c_shape() : none, l.dtype, x);
-  const Tensor gates = empty(save ? l.gates_shape() : none, l.dtype, x);
-  const Tensor cells = empty(save && l.has_c ? l.cells_shape() : none, l.accumulator(), x);
+  const Tensor gates = empty_large(save ? l.gates_shape() : none, l.dtype, x);
+  const Tensor cells = empty_large(save && l.has_c ? l.cells_shape() : none, l.accumulator(), x);
   if (l.rows == 0) {  // no step: the state stays as it was
     copy_or_zero(h_n, h0);
     copy_or_zero(c_n, c0);

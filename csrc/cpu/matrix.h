@@ -63,7 +63,7 @@ struct Matrix {
       }
   }
 
-  // out[count, width] = start + a[count, K] W(panel), in blocks of K that stay in the second-level cache.
+  // out[count, width] = start + a[count, K] W(panel), in blocks of K that stay in the first-level cache.
   void multiply(int64_t panel, int64_t count, const S* a, int64_t lda, Acc<S>* out, int64_t ldo) const {
     const int n = unit_vectors(panel) * gates;
     const Acc<S>* s = start + panel * width();
@@ -85,7 +85,7 @@ struct Matrix {
   }
 
  private:
-  static constexpr int64_t k_block_bytes = 256 * 1024;
+  static constexpr int64_t k_block_bytes = 32 * 1024;
 
   // dst[k / k_step][stride][k_step] <- W's rows r < valid as columns: a transposition, block by block in registers.
   void pack_rows(S* dst, int64_t stride, const S* src, int64_t valid) const {

@@ -47,9 +47,10 @@ class OuterProduct {
     for (int64_t k0 = 0; sums && panels == 0 && k0 < rows; k0 += block_k_)
       add_sums(a + k0 * lda + m.begin, lda, std::min(block_k_, rows - k0), m.size(), sums_);
     const auto row_of = [&](int64_t i) { return i + shift < M ? i + shift : i + shift - M; };
-    for (int64_t first = 0; first < panels; first += group) {
-      const Range some{first, std::min<int64_t>(first + group, panels)};
-      multiply(rows, a, lda, m, targets, some, panels, sums && first == 0);
+    const int64_t groups = divide_up(panels, group);
+    for (int64_t i = 0; i < groups; ++i) {
+      const Range some = part_of(panels, i, groups);
+      multiply(rows, a, lda, m, targets, some, panels, sums && i == 0);
       for_panels(targets, some, [&](const Target& target, int64_t panel, int64_t column) {
         for (int64_t i = m.begin; i < m.end; ++i)
           copy_or_zero(target.dw + row_of(i) * target.N + column,
@@ -63,8 +64,8 @@ class OuterProduct {
   }
 
  private:
-  static constexpr int64_t b_budget = 384 * 1024 / sizeof(S);
-  static constexpr int group = 6;  // panels whose b stays in the second-level cache
+  static constexpr int64_t b_budget = 512 * 1024 / sizeof(S);
+  static constexpr int group = 8;  // panels whose b stays in the second-level cache
 
   // Calls f(target, i, column) for the i-th panel of a run of the targets' panels, and its first column.
   template <class F>

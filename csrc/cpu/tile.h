@@ -31,6 +31,12 @@ void tile(int64_t K, const S* a, int64_t lda, const S* b, const Acc<S>* start, i
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 16
     for (int v = 0; v < n; ++v) acc[m][v] = AccVec<S>{};
+  if constexpr (transposed) {  // sums over many rows: out is not in the cache
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 16
+      for (int v = 0; v < n; ++v) __builtin_prefetch(start + m * ld_start + v * w);
+  }
   const int64_t whole = K / step * step;
   for (int64_t k = 0; k < whole; k += step) {
     Operand<S> bk[n];

@@ -105,19 +105,16 @@ FUSEDRNN_INLINE Operand<S> load_operand(const S* p, int64_t n = lanes<S> * k_ste
   return v;
 }
 
-// The k_step elements at p, in every lane.
+// The k_step elements at p, in every lane. As integers: 0 + x is not x for a float, and the compiler would add.
 template <class S>
 FUSEDRNN_INLINE Operand<S> broadcast(const S* p) {
-  if constexpr (k_step<S> == 1) {
-    return Operand<S>{} + *p;
-  } else {
-    uint32_t pair;
-    std::memcpy(&pair, p, sizeof(pair));
-    const Vec<uint32_t, lanes<S>> pairs = Vec<uint32_t, lanes<S>>{} + pair;
-    Operand<S> v;
-    std::memcpy(&v, &pairs, sizeof(v));
-    return v;
-  }
+  using Bits = std::conditional_t<sizeof(S) * k_step<S> == 4, uint32_t, uint64_t>;
+  Bits element;
+  std::memcpy(&element, p, sizeof(element));
+  const Vec<Bits, lanes<S>> all = Vec<Bits, lanes<S>>{} + element;
+  Operand<S> v;
+  std::memcpy(&v, &all, sizeof(v));
+  return v;
 }
 
 // The elements of a and b at the indices, which count through a and then b.
