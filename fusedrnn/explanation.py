@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from . import _C
+from . import _C, ops
 from .modules import CELL, FusedBase
 
 
@@ -45,23 +45,52 @@ def explain(module: Any, shape: Sequence[int]) -> list[dict[str, Any]]:
             "directions": directions,
             "projected": module.proj_size > 0,
         }
-        found.append({"layer": k, "device": str(weight.device), **facts, **_plan(weight.device, facts)})
+        found.append({"layer": k, "device": str(weight.device), **facts, **_plan(weight, facts)})
         print("\n".join(_words(found[-1])))
     return found
 
 
-def _plan(device: torch.device, facts: dict[str, Any]) -> Mapping[str, object]:
-    """What the library says of a layer; of a GPU's nothing yet."""
-    return _C.cpu_plan(**facts) if device.type == "cpu" else {}
+def _plan(weight: torch.Tensor, facts: dict[str, Any]) -> Mapping[str, object]:
+    """What the library says of a layer; nothing on a device for which it has no kernels."""
+    if weight.device.type == "cpu":
+        return _C.cpu_plan(**facts)
+    if weight.device.type != "cuda":
+        return {}
+    properties: Any = torch.cuda.get_device_properties(weight.device)
+    processors, shared_bytes = properties.multi_processor_count, properties.shared_memory_per_block_optin
+    return _cuda_plan(facts, ops.tf32(weight), processors, shared_bytes)
+
+
+def _cuda_plan(facts: dict[str, Any], tf32: bool, processors: int, shared_bytes: int) -> dict[str, Any]:
+    element = getattr(torch, facts["dtype"]).itemsize
+    gates = ops.GATES[facts["cell"]]
+    tensor_cores = element == 2 or tf32
+
+    def plan(gates: int, k: int) -> _C.CudaPlan:
+        shape = {name: facts[name] for name in ("T", "N", "H", "P", "directions", "projected")}
+        return _C.cuda_plan(
+            **shape, gates=gates, K=k, element=element, tensor_cores=tensor_cores, processors=processors,
+            shared_bytes=shared_bytes,
+        )  # fmt: skip
+
+    math = "tensor cores" + (" in TF32" if tf32 else "") if tensor_cores else "multiply-adds"
+    return {"math": math, "forward": plan(gates, facts["P"]), "backward": plan(1, gates * facts["H"])}
 
 
 def _words(facts: dict[str, Any]) -> list[str]:
     size = ", ".join(f"{name} {facts[name]}" for name in ("T", "N", "I", "H"))
     ways = ", both directions" if facts["directions"] == 2 else ""
     lines = [f"layer {facts['layer']}: {facts['cell']}, {facts['dtype']}, {size}{ways}, on {facts['device']}"]
-    if "capability" in facts:
-        lines += [f"  {name + ':':<10}{text}" for name, text in _cpu_words(facts)]
-    return lines
+    details = _cpu_words(facts) if "capability" in facts else _cuda_words(facts) if "math" in facts else []
+    return lines + [f"  {name + ':':<10}{text}" for name, text in details]
+
+
+def _cuda_words(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    def words(plan: _C.CudaPlan) -> str:
+        x, y, z = plan["blocks"]
+        return f"{plan['name']}, as {plan['reason']}; {x} x {y} x {z} blocks for 16 units, {plan['columns']} rows each"
+
+    return [("math", facts["math"]), ("forward", words(facts["forward"])), ("backward", words(facts["backward"]))]
 
 
 def _cpu_words(facts: dict[str, Any]) -> list[tuple[str, str]]:

@@ -6,7 +6,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 import fusedrnn
-from fusedrnn import _C
+from fusedrnn import _C, explanation
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -103,3 +103,18 @@ def test_build_info():
     info = fusedrnn.build_info()
     assert info["version"] == fusedrnn.__version__
     assert "default" in info["cpu_capabilities"]
+
+
+def test_explain_a_gpu():
+    facts = {"T": 100, "N": 16, "I": 512, "H": 512, "P": 512, "directions": 1, "projected": False}
+    facts |= {"layer": 0, "device": "cuda:0", "cell": "lstm", "dtype": "bfloat16"}
+    facts |= explanation._cuda_plan(facts, tf32=False, processors=132, shared_bytes=227 * 1024)
+    assert explanation._words(facts) == [
+        "layer 0: lstm, bfloat16, T 100, N 16, I 512, H 512, on cuda:0",
+        "  math:     tensor cores",
+        "  forward:  grid, as the weights fit on the chip; 32 x 2 x 1 blocks for 16 units, 8 rows each",
+        "  backward: grid, as the weights fit on the chip; 32 x 2 x 1 blocks for 16 units, 8 rows each",
+    ]
+    facts["dtype"] = "float32"
+    slow = explanation._cuda_plan(facts, tf32=False, processors=16, shared_bytes=99 * 1024)
+    assert slow["math"] == "multiply-adds" and slow["forward"]["name"] == "stepwise"
