@@ -38,13 +38,13 @@ export PYTHONUNBUFFERED=1 FUSEDRNN_CUDA=1
 export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$("$python" -c \
   'import torch; major, minor = torch.cuda.get_device_capability(); print(f"{major}.{minor}" + "a" * (major == 9))')}
 
-step build 150 "$python" setup.py -q build_ext --inplace
-step tests 170 "$python" -m pytest -q -n 8 --device cuda tests/test_ops.py tests/test_ops_edges.py \
-  tests/test_gradients.py tests/test_cuda.py
+step build 120 "$python" setup.py -q build_ext --inplace
+step tests 200 "$python" -m pytest -q -n 8 --device cuda --maxfail 100 \
+  --ignore tests/test_packaging.py --ignore tests/test_docs.py --ignore tests/test_examples.py
 export -f sanitize
 export out python
-step sanitizer 100 bash -c sanitize
-step bench 200 "$python" -m bench --device cuda --budget 0.5 --no-first-use --limit 150 --out "$out/bench"
+step sanitizer 90 bash -c sanitize
+step bench 180 "$python" -m bench --device cuda --budget 0.5 --no-first-use --limit 140 --out "$out/bench"
 rm -f "$out"/bench/*.png
 printf '\nfailed: %s\n' "${failed[*]:-none}"
 ((${#failed[@]} == 0))

@@ -63,8 +63,7 @@ struct alignas(16) Vector {
 
 namespace fusedrnn::cuda {
 
-// ---- inside a kernel
-// -------------------------------------------------------------------------------------------------
+// ---- inside a kernel -----------------------------------------------------------------------------------------------
 
 FUSEDRNN_DEVICE int thread_index() { return int(threadIdx.x); }
 FUSEDRNN_DEVICE int block_threads() { return int(blockDim.x); }
@@ -144,8 +143,7 @@ FUSEDRNN_DEVICE void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// ---- on the host
-// -----------------------------------------------------------------------------------------------------
+// ---- on the host ---------------------------------------------------------------------------------------------------
 
 using Stream = cudaStream_t;
 

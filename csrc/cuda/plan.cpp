@@ -53,7 +53,8 @@ Plan make_plan(const PlanRequest& r, const PlanDevice& device, const std::string
   else
     plan.name = "grid", plan.reason = "the weights fit on the chip";
 
-  if (forced == "stepwise" || (forced == "loop" && plan.name == "grid")) plan.name = forced, plan.reason = "this plan was asked for";
+  if (forced == "stepwise" || (forced == "loop" && plan.name == "grid"))
+    plan.name = forced, plan.reason = "this plan was asked for";
   return plan;
 }
 

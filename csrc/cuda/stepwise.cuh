@@ -79,8 +79,7 @@ FUSEDRNN_DEVICE Vector* shared_weights() {
   return reinterpret_cast<Vector*>(shared_memory() + Tile::sums_bytes);
 }
 
-// ---- forward
-// ---------------------------------------------------------------------------------------------------------
+// ---- forward -------------------------------------------------------------------------------------------------------
 
 // h W_hh^T of all gates, then the cell.
 template <class Cell, class Math, int n_tiles, int n_warps>
@@ -209,8 +208,7 @@ forward_kernel(const Forward<typename Math::Storage> p) {
   }
 }
 
-// ---- backward
-// --------------------------------------------------------------------------------------------------------
+// ---- backward ------------------------------------------------------------------------------------------------------
 
 // dL/dh of a step from the next one's drh, drh W_hh, then the cell's derivative. Rows come in at their last step, with
 // dh_n and dc_n, and leave one step before their first, with dh0 and dc0.

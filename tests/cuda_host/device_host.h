@@ -14,8 +14,7 @@
 
 namespace fusedrnn::cuda {
 
-// ---- inside a kernel
-// -------------------------------------------------------------------------------------------------
+// ---- inside a kernel -----------------------------------------------------------------------------------------------
 
 inline int thread_index() { return host::self().thread; }
 inline int block_threads() { return host::self().block->threads; }
@@ -141,8 +140,7 @@ void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], S) {
   host::meet(warp.barrier, warp_size, [&] { mma_of_warp<S>(operands); });
 }
 
-// ---- on the host
-// -----------------------------------------------------------------------------------------------------
+// ---- on the host ---------------------------------------------------------------------------------------------------
 
 struct Stream {};
 
