@@ -122,6 +122,17 @@ def test_plans_agree_bit_for_bit(name, device):
             assert_same_bits(found[0], found[2], str(case))
 
 
+@pytest.mark.usefixtures("cuda_kernels")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_autocast_does_not_reach_inside(dtype, device):
+    """An op computes in the dtype of its arguments; casting them is for whoever calls it."""
+    case = variant("lstm_proj", directions=2, dtype=dtype)
+    inputs, gradients = make_inputs(case, device), make_gradients(case, device)
+    expected = ours(case, inputs, gradients)
+    with torch.autocast(device.type, torch.float16 if dtype == torch.bfloat16 else torch.bfloat16):
+        assert_same_bits(ours(case, inputs, gradients), expected)
+
+
 @pytest.fixture
 def gpu(device):
     if device.type != "cuda":

@@ -39,14 +39,21 @@ Rows<const S> rows_of(const Tensor& t) {
   return {data<const S>(t), t.size(1)};
 }
 
-Tensor linear(const Tensor& x, const Tensor& weight, const MaybeTensor& bias) {
-  std::array<StableIValue, 3> stack{stable::detail::from(x), stable::detail::from(weight), stable::detail::from(bias)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
+Tensor transposed(const Tensor& t) { return stable::transpose(t, 0, 1); }
+
+// a b. Autocast changes the dtype of matmul and sum, but leaves the variants with an output alone.
+Tensor product(const Tensor& a, const Tensor& b) {
+  const Tensor out = empty({a.size(0), b.size(1)}, a.scalar_type(), a);
+  std::array<StableIValue, 3> stack{stable::detail::from(a), stable::detail::from(b), stable::detail::from(out)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
   return stable::detail::to<Tensor>(stack[0]);
 }
 
-// a^T b, of two matrices with the same rows.
-Tensor outer_product(const Tensor& a, const Tensor& b) { return stable::matmul(stable::transpose(a, 0, 1), b); }
+Tensor sum_of_rows(const Tensor& t) {
+  Tensor out = empty({t.size(1)}, t.scalar_type(), t);
+  const std::vector<int64_t> rows{0};
+  return stable::sum_out(out, t, rows);
+}
 
 // One of each direction's weights, one below the other, each padded to `rows`.
 Tensor stacked(const Layer& l, const std::vector<Tensor>& weights, int64_t index, int64_t rows) {
@@ -123,8 +130,7 @@ ForwardResult forward(const Layer& l, const Tensor& x, const MaybeTensor& h0_, c
   const int64_t w_hr = l.weights_per_direction - 1;
   const auto same = [](const Tensor& t) { return t; };
 
-  const MaybeTensor b_ih = l.bias ? MaybeTensor(stacked(l, weights, 2, G * H)) : MaybeTensor();
-  const Tensor wx = linear(stable::reshape(x, {l.rows, l.I}), stacked(l, weights, 0, G * H), b_ih);
+  const Tensor wx = product(stable::reshape(x, {l.rows, l.I}), transposed(stacked(l, weights, 0, G * H)));
   const std::vector<Tensor> w_hhs = call.weights_of<S>(weights, 1, same);
   const std::vector<Tensor> w_hrs = l.projected ? call.weights_of<S>(weights, w_hr, same) : std::vector<Tensor>{};
 
@@ -146,6 +152,7 @@ ForwardResult forward(const Layer& l, const Tensor& x, const MaybeTensor& h0_, c
     p.direction[d] = {.steps = call.steps(d),
                       .wx = {data<const S>(wx) + d * G * H, D * G * H},
                       .w_hh = rows_of<S>(w_hhs[d]),
+                      .b_ih = l.bias ? data<const S>(w[2]) : nullptr,
                       .b_hh = l.bias ? data<const S>(w[3]) : nullptr,
                       .w_hr = l.projected ? rows_of<S>(w_hrs[d]) : Rows<const S>{},
                       .h = {{data<S>(h) + d * N * width, width}, {data<S>(h) + (D + d) * N * width, width}},
@@ -198,10 +205,9 @@ BackwardResult backward(const Layer& l, const BackwardArguments& a, int64_t need
   const MaybeTensor dy = dense(a.dy), dh_n = dense(a.dh_n), dc_n = dense(a.dc_n), dcells = dense(a.dcells);
   const MaybeTensor h0 = dense(a.h0), c0 = dense(a.c0);
   const std::vector<Tensor> weights = dense(a.weights);
-  const auto transposed = [](const Tensor& t) { return stable::contiguous(stable::transpose(t, 0, 1)); };
-  const std::vector<Tensor> w_hhs = call.weights_of<S>(weights, 1, transposed);
-  const std::vector<Tensor> w_hrs =
-      l.projected ? call.weights_of<S>(weights, each - 1, transposed) : std::vector<Tensor>{};
+  const auto turned = [](const Tensor& t) { return stable::contiguous(transposed(t)); };
+  const std::vector<Tensor> w_hhs = call.weights_of<S>(weights, 1, turned);
+  const std::vector<Tensor> w_hrs = l.projected ? call.weights_of<S>(weights, each - 1, turned) : std::vector<Tensor>{};
 
   // Padding is zero, all else is written before it is read.
   const auto scratch = [&](bool exists, const std::vector<int64_t>& shape, bool has_padding, ScalarType dtype) {
@@ -243,7 +249,7 @@ BackwardResult backward(const Layer& l, const BackwardArguments& a, int64_t need
 
   if (needs & need_dx) {
     const Tensor all = stable::reshape(dwx, {l.rows, D * width});
-    dx = stable::reshape(stable::matmul(all, stacked(l, weights, 0, width)), x_shape);
+    dx = stable::reshape(product(all, stacked(l, weights, 0, width)), x_shape);
   }
   const auto wanted = [&](int64_t d, int64_t i) { return needs & (need_first_weight << (d * each + i)); };
   const auto gradient_rows = [&](const Tensor& t, int64_t d) {
@@ -252,21 +258,20 @@ BackwardResult backward(const Layer& l, const BackwardArguments& a, int64_t need
   for (int64_t d = 0; d < D; ++d) {
     Tensor* dw = dweights.data() + d * each;
     const Tensor dwx_d = gradient_rows(dwx, d), drh_d = gradient_rows(drh, d);
-    if (wanted(d, 0)) dw[0] = outer_product(dwx_d, x);
+    if (wanted(d, 0)) dw[0] = product(transposed(dwx_d), x);
     if (wanted(d, 1)) {
       const Tensor h_prev = empty({l.rows, P}, l.dtype, x);
       const PreviousRows<S> rows{p.direction[d].steps, P, p.direction[d].y, p.direction[d].h0, data<S>(h_prev)};
       launch(previous_rows<S>, {.grid = {unsigned(std::min<int64_t>(l.T, 4096))}, .threads = row_threads},
              call.device.stream(), rows);
-      dw[1] = outer_product(drh_d, h_prev);
+      dw[1] = product(transposed(drh_d), h_prev);
     }
-    const std::vector<int64_t> over_rows{0};
-    if (l.bias && wanted(d, 2)) dw[2] = stable::sum(dwx_d, over_rows);
-    if (l.bias && wanted(d, 3)) dw[3] = stable::sum(drh_d, over_rows);
+    if (l.bias && wanted(d, 2)) dw[2] = sum_of_rows(dwx_d);
+    if (l.bias && wanted(d, 3)) dw[3] = sum_of_rows(drh_d);
     if (l.projected && wanted(d, each - 1)) {
       const Tensor unprojected =
           stable::select(stable::select(stable::reshape(gates, {l.rows, D, l.saved, H}), 1, d), 1, Cell::saved);
-      dw[each - 1] = outer_product(fusedrnn::narrow(stable::select(dh, 1, d), 1, 0, P), unprojected);
+      dw[each - 1] = product(transposed(fusedrnn::narrow(stable::select(dh, 1, d), 1, 0, P)), unprojected);
     }
   }
   return {dx, dh0, dc0, dweights};

@@ -44,8 +44,9 @@ struct Range {
 template <class S>
 struct ForwardDirection {
   Steps steps;
-  Rows<const S> wx;            // [rows, G * H], with b_ih
+  Rows<const S> wx;            // [rows, G * H], without b_ih
   Rows<const S> w_hh;          // [G * H, P]
+  const S* b_ih;               // [G * H] or null
   const S* b_hh;               // [G * H] or null
   Rows<const S> w_hr;          // [P, H], if projected
   Rows<S> h[2];                // [N, P] before an even step and before an odd one; h0 in both at first

@@ -131,7 +131,7 @@ struct ForwardStep {
       A wx[gates], rh[gates], saved[Cell::saved + 1];
 #pragma unroll
       for (int g = 0; g < gates; ++g) {
-        wx[g] = widen(ahead.wx[e.i][g]);
+        wx[g] = widen(ahead.wx[e.i][g]) + value(d.b_ih, g * p.H + unit);
         rh[g] = Recurrence::sum(sums, g * units + e.m, e.column) + value(d.b_hh, g * p.H + unit);
       }
       State<A> prev{};
