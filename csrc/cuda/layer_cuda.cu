@@ -41,18 +41,16 @@ Rows<const S> rows_of(const Tensor& t) {
 
 Tensor transposed(const Tensor& t) { return stable::transpose(t, 0, 1); }
 
-// a b. Autocast changes the dtype of matmul and sum, but leaves the variants with an output alone.
-Tensor product(const Tensor& a, const Tensor& b) {
-  const Tensor out = empty({a.size(0), b.size(1)}, a.scalar_type(), a);
+// out = a b. Autocast changes the dtype of matmul and sum, but leaves the variants with an output alone.
+void multiply(const Tensor& out, const Tensor& a, const Tensor& b) {
   std::array<StableIValue, 3> stack{stable::detail::from(a), stable::detail::from(b), stable::detail::from(out)};
   STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
-  return stable::detail::to<Tensor>(stack[0]);
+  stable::detail::to<Tensor>(stack[0]);  // takes the result's reference off the stack
 }
 
-Tensor sum_of_rows(const Tensor& t) {
-  Tensor out = empty({t.size(1)}, t.scalar_type(), t);
+void sum_rows(Tensor out, const Tensor& t) {
   const std::vector<int64_t> rows{0};
-  return stable::sum_out(out, t, rows);
+  stable::sum_out(out, t, rows);
 }
 
 // One of each direction's weights, one below the other, each padded to `rows`.
@@ -130,7 +128,8 @@ ForwardResult forward(const Layer& l, const Tensor& x, const MaybeTensor& h0_, c
   const int64_t w_hr = l.weights_per_direction - 1;
   const auto same = [](const Tensor& t) { return t; };
 
-  const Tensor wx = product(stable::reshape(x, {l.rows, l.I}), transposed(stacked(l, weights, 0, G * H)));
+  const Tensor wx = empty({l.rows, D * G * H}, l.dtype, x);
+  multiply(wx, stable::reshape(x, {l.rows, l.I}), transposed(stacked(l, weights, 0, G * H)));
   const std::vector<Tensor> w_hhs = call.weights_of<S>(weights, 1, same);
   const std::vector<Tensor> w_hrs = l.projected ? call.weights_of<S>(weights, w_hr, same) : std::vector<Tensor>{};
 
@@ -186,7 +185,7 @@ BackwardResult backward(const Layer& l, const BackwardArguments& a, int64_t need
     return empty(needs & bit ? shape : std::vector<int64_t>{0}, l.dtype, a.x);
   };
   const std::vector<int64_t> x_shape = {a.x.sizes().begin(), a.x.sizes().end()};
-  Tensor dx = result(need_dx, x_shape);
+  const Tensor dx = result(need_dx, x_shape);
   const Tensor dh0 = result(need_dh0, l.h_shape()), dc0 = result(l.has_c ? need_dc0 : 0, l.c_shape());
   std::vector<Tensor> dweights;
   for (size_t i = 0; i < a.weights.size(); ++i)
@@ -249,29 +248,29 @@ BackwardResult backward(const Layer& l, const BackwardArguments& a, int64_t need
 
   if (needs & need_dx) {
     const Tensor all = stable::reshape(dwx, {l.rows, D * width});
-    dx = stable::reshape(product(all, stacked(l, weights, 0, width)), x_shape);
+    multiply(stable::reshape(dx, {l.rows, l.I}), all, stacked(l, weights, 0, width));
   }
   const auto wanted = [&](int64_t d, int64_t i) { return needs & (need_first_weight << (d * each + i)); };
   const auto gradient_rows = [&](const Tensor& t, int64_t d) {
     return fusedrnn::narrow(stable::select(t, 1, d), 1, 0, l.gates * H);
   };
   for (int64_t d = 0; d < D; ++d) {
-    Tensor* dw = dweights.data() + d * each;
+    const Tensor* dw = dweights.data() + d * each;
     const Tensor dwx_d = gradient_rows(dwx, d), drh_d = gradient_rows(drh, d);
-    if (wanted(d, 0)) dw[0] = product(transposed(dwx_d), x);
+    if (wanted(d, 0)) multiply(dw[0], transposed(dwx_d), x);
     if (wanted(d, 1)) {
       const Tensor h_prev = empty({l.rows, P}, l.dtype, x);
       const PreviousRows<S> rows{p.direction[d].steps, P, p.direction[d].y, p.direction[d].h0, data<S>(h_prev)};
       launch(previous_rows<S>, {.grid = {unsigned(std::min<int64_t>(l.T, 4096))}, .threads = row_threads},
              call.device.stream(), rows);
-      dw[1] = product(transposed(drh_d), h_prev);
+      multiply(dw[1], transposed(drh_d), h_prev);
     }
-    if (l.bias && wanted(d, 2)) dw[2] = sum_of_rows(dwx_d);
-    if (l.bias && wanted(d, 3)) dw[3] = sum_of_rows(drh_d);
+    if (l.bias && wanted(d, 2)) sum_rows(dw[2], dwx_d);
+    if (l.bias && wanted(d, 3)) sum_rows(dw[3], drh_d);
     if (l.projected && wanted(d, each - 1)) {
       const Tensor unprojected =
           stable::select(stable::select(stable::reshape(gates, {l.rows, D, l.saved, H}), 1, d), 1, Cell::saved);
-      dw[each - 1] = product(transposed(fusedrnn::narrow(stable::select(dh, 1, d), 1, 0, P)), unprojected);
+      multiply(dw[each - 1], transposed(fusedrnn::narrow(stable::select(dh, 1, d), 1, 0, P)), unprojected);
     }
   }
   return {dx, dh0, dc0, dweights};
