@@ -80,7 +80,7 @@ asan: $(VENV)/.dev
 
 # Every thread of a block is a fiber, in an order that differs from test to test.
 cuda-host: $(VENV)/.test
-	PYTHONPATH=tools $(BIN)/pytest -q -p cuda_host --ops fusedrnn_cuda_host --every 7 $(CUDA_HOST) $(ARGS)
+	PYTHONPATH=tools $(BIN)/pytest -q -p cuda_host --ops fusedrnn_cuda_host --every 3 $(CUDA_HOST) $(ARGS)
 
 mutants: $(VENV)/.test
 	PYTHONPATH=tools $(BIN)/python tools/mutants.py
