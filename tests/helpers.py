@@ -262,6 +262,15 @@ def four_results(case: Case, device="cpu", seed: int = 0):
     return found, nn_result, expected, nn_expected
 
 
+def four_results_of_many(case: Case, device="cpu", seed: int = 0, runs: int = 20):
+    """four_results of several seeds, each tensor concatenated.
+
+    For shapes so small that a tensor is a number or two: its relative error is luck (a sum that nearly cancels).
+    """
+    found = [four_results(case, device, seed + 2 * i) for i in range(runs)]
+    return [{name: torch.cat([r[name] for r in way]) for name in way[0]} for way in zip(*found, strict=True)]
+
+
 def assert_same_bits(one: dict[str, Tensor], other: dict[str, Tensor], what: str = "") -> None:
     assert set(one) == set(other)
     for name in one:
