@@ -262,11 +262,13 @@ def four_results(case: Case, device="cpu", seed: int = 0):
     return found, nn_result, expected, nn_expected
 
 
-def four_results_of_many(case: Case, device="cpu", seed: int = 0, runs: int = 20):
-    """four_results of several seeds, each tensor concatenated.
+def fair_results(case: Case, device="cpu", seed: int = 0, runs: int = 10):
+    """four_results; of several seeds, each tensor concatenated, where a tensor can be a number or two.
 
-    For shapes so small that a tensor is a number or two: its relative error is luck (a sum that nearly cancels).
+    The relative error of those is luck (a sum that nearly cancels).
     """
+    if min(case.rows * case.I, case.batch * case.output, case.H * case.I, case.H) >= 8:
+        return four_results(case, device, seed)
     found = [four_results(case, device, seed + 2 * i) for i in range(runs)]
     return [{name: torch.cat([r[name] for r in way]) for name in way[0]} for way in zip(*found, strict=True)]
 

@@ -6,8 +6,8 @@ from conftest import assert_close_to_reference
 from helpers import (
     DTYPES,
     VARIANTS,
+    fair_results,
     four_results,
-    four_results_of_many,
     in_float64,
     layer_op,
     make_gradients,
@@ -57,9 +57,7 @@ def cases(draw, dtypes=DTYPES):
 @given(case=cases(), seed=st.integers(0, 1000), threads=st.integers(1, 4))
 def test_any_layer(case, seed, threads, device):
     torch.set_num_threads(threads)
-    small = min(case.rows * case.I, case.batch * case.output, case.H * case.I) < 8
-    results = (four_results_of_many if small else four_results)(case, device, seed)
-    assert_close_to_reference(*results, what=f"{case} seed {seed} threads {threads}")
+    assert_close_to_reference(*fair_results(case, device, seed), what=f"{case} seed {seed} threads {threads}")
 
 
 @settings(max_examples=150)
