@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from . import compare, environment, limits, memory, plots, report, runner
+from . import compare, contestant, environment, limits, plots, report, runner
 from .cases import CELLS, MODES, Selection, Shape, select
 from .results import Results, load
 
@@ -102,8 +102,8 @@ def _measure(options: argparse.Namespace) -> int:
         0 if options.no_first_use else 1 if options.quick else 3,
         frozenset(filter(None, options.without.split(","))),
     )
-    if fixed.first_uses and options.device == "cpu":
-        memory.start_server(ours)
+    if options.device == "cpu":
+        contestant.start_server()
     results = Results(environment.collect(ours, options.device, counts))
     date = results.environment["date"][:10]
     folder = options.out or RESULTS / f"{environment.machine_name(results.environment)}-{date}"

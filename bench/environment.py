@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import importlib
 import importlib.util
@@ -10,6 +11,7 @@ import platform
 import re
 import subprocess
 import time
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -55,9 +57,10 @@ def collect(ours: str | None, device: str, threads: list[int]) -> dict[str, Any]
 
 
 class Others:
-    """How much of this process's processors other processes use (or the hypervisor takes)."""
+    """How much of this process's processors others use (or the hypervisor takes), but for those of `children`."""
 
-    def __init__(self) -> None:
+    def __init__(self, children: Sequence[int] = ()) -> None:
+        self._children = children
         self._started = self._now()
 
     def share(self) -> float:
@@ -65,9 +68,8 @@ class Others:
         cpus = len(os.sched_getaffinity(0))
         return max(0.0, (busy - own) / (wall * cpus))
 
-    @staticmethod
-    def _now() -> tuple[float, float, float]:
-        """Seconds: processors busy, this process's share of that, wall clock."""
+    def _now(self) -> tuple[float, float, float]:
+        """Seconds: processors busy, our processes' share of that, wall clock."""
         try:
             lines = Path("/proc/stat").read_text().splitlines()
         except OSError:
@@ -78,7 +80,13 @@ class Others:
             if name[:3] == "cpu" and name[3:] and int(name[3:]) in os.sched_getaffinity(0):
                 user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, counts[:8])
                 ticks += user + nice + system + irq + softirq + steal
-        return ticks / os.sysconf("SC_CLK_TCK"), time.process_time(), time.monotonic()
+        own = 0
+        for child in self._children:
+            with contextlib.suppress(OSError):  # it ended
+                fields = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()
+                own += int(fields[11]) + int(fields[12])  # utime and stime
+        second = os.sysconf("SC_CLK_TCK")
+        return ticks / second, time.process_time() + own / second, time.monotonic()
 
 
 def machine_name(environment: dict[str, Any]) -> str:

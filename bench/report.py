@@ -149,8 +149,9 @@ def header(results: Results) -> str:
 
 
 NOTES = """\
-Times are medians of interleaved rounds, ± half the distance between the quartiles. "vs" is a peer's
-time over ours, above 1 is faster; "vs padded" is ours on the padded batch, scaled by its rows.
+Times are medians of interleaved rounds, ± half the distance between the quartiles; on a CPU each
+implementation has a process of its own, stopped while another one is timed. "vs" is a peer's time
+over ours, above 1 is faster; "vs padded" is ours on the padded batch, scaled by its rows.
 The floor is max(flops / peak, weight bytes / bandwidth) at the limits above, without any pointwise
 work, and the share it is of our time. First call and peak memory (module or session with its
 weights, and one call) are of a fresh process. * Other processes used the processors meanwhile."""

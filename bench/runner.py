@@ -1,20 +1,23 @@
-"""Runs one case: builds every contestant, checks it, times those that are right."""
+"""Runs one case: makes every contestant, checks it, times those that are right."""
 
 from __future__ import annotations
 
+import contextlib
 import math
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+from torch import Tensor
 
-from . import environment, gate, memory, timing
+from . import environment, gate, timing
 from .cases import Case
-from .implementations import PADDED, Runner, Unavailable, contestants
+from .contestant import Apart, Contestant, Lost
+from .implementations import Unavailable, contestants
 from .limits import Limits
 from .results import DISTURBED, Entry, Row
-from .workload import Workload, make
+from .workload import make
 
 
 @dataclass(frozen=True)
@@ -26,8 +29,11 @@ class Options:
     budget_s: float
     rounds: tuple[int, int]
     tries: int  # at most, where other processes disturb
-    first_uses: int  # fresh processes for first call and peak memory; their median
+    first_uses: int  # first calls, their median; 0: neither these nor peak memory
     without: frozenset[str]
+
+
+Enter = Callable[[str], Contestant | Apart]
 
 
 def run(case: Case, threads: int, limits: Limits | None, options: Options) -> Row:
@@ -41,40 +47,63 @@ def run(case: Case, threads: int, limits: Limits | None, options: Options) -> Ro
     )
     if limits is not None:
         row.floor_us, row.floor_kind = limits.floor_us(case)
-    runners = _checked(work, threads, row, options)
-    clock: timing.Clock = timing.CpuClock(threads)
-    if options.device == "cuda":
-        clock = timing.CudaClock()
-    with torch.set_grad_enabled(case.training):
-        calls = {name: runner.call for name, runner in runners.items()}
-        times = _undisturbed(calls, clock, row, options) if calls else {}
-    for name, found in times.items():
-        entry = row.entries[name]
-        entry.median_us, entry.q1_us, entry.q3_us = found.median_us, found.q1_us, found.q3_us
-        entry.rounds, entry.inner = found.rounds, found.inner
-    if options.first_uses and case.mode != "scaling":
-        names = list(runners)
-        del runners, calls, work
+    names = [name for name in contestants(work, options.ours) if name not in options.without]
+    expected, limit = gate.reference(work), gate.tolerance(work)
+    del work
+
+    def enter(name: str) -> Contestant | Apart:
+        if options.device == "cpu":
+            return Apart(case, name, options.ours, threads)
+        return Contestant(case, name, options.ours, threads, options.device)
+
+    with contextlib.ExitStack() as stack:
+        right: dict[str, Contestant | Apart] = {}
         for name in names:
-            if options.device == "cuda":
-                used = memory.cuda_first_use(case, name, options.ours)
-            else:
-                used = memory.first_use(case, name, options.ours, threads, options.first_uses)
+            one = enter(name)
+            stack.callback(one.close)
+            row.entries[name] = _checked(one, expected, limit)
+            if row.entries[name].status == "ok":
+                right[name] = one
+        del expected
+        for name, found in _times(right, row, options).items():
             entry = row.entries[name]
-            entry.first_ms, entry.setup_ms = used.first_ms, used.setup_ms
-            entry.peak_mib = used.peak_mib
+            entry.median_us, entry.q1_us, entry.q3_us = found.median_us, found.q1_us, found.q3_us
+            entry.rounds, entry.inner = found.rounds, found.inner
+    for name in right:
+        _first_use(row.entries[name], name, enter, 0 if case.mode == "scaling" else options.first_uses)
     return row
 
 
-def _undisturbed(
-    calls: dict[str, Callable[[], Any]], clock: timing.Clock, row: Row, options: Options
-) -> dict[str, timing.Timing]:
+def _checked(one: Contestant | Apart, expected: dict[str, Tensor], limit: float) -> Entry:
+    entry = Entry()
+    try:
+        entry.setup_ms, entry.first_ms = one.build()
+        entry.error = one.error(expected)
+    except Unavailable as reason:
+        entry.status = str(reason)
+    except Exception as problem:  # a contestant that breaks is a result, not the end
+        first_line = (str(problem) or type(problem).__name__).splitlines()[0]
+        entry.status = f"failed: {first_line[:120]}"
+    if entry.error is not None and not entry.error <= limit:
+        entry.status = "wrong"
+    return entry
+
+
+def _times(field: dict[str, Contestant | Apart], row: Row, options: Options) -> dict[str, timing.Timing]:
     """Measures again, if other processes got in the way; keeps the least disturbed try."""
     best: dict[str, timing.Timing] = {}
-    row.others = math.inf
-    for _ in range(options.tries):
-        watch = environment.Others()
-        found = timing.measure(calls, clock, options.budget_s, options.rounds)
+    row.others = math.inf if field else 0.0
+    tries = options.tries
+    while field and tries:
+        watch = environment.Others([one.pid for one in field.values() if isinstance(one, Apart)])
+        try:
+            found = timing.measure(field, options.budget_s, options.rounds)
+        except Lost as lost:
+            row.entries[lost.name].status = f"failed: {lost}"
+            field.pop(lost.name)
+            best.pop(lost.name, None)
+            continue
+        tries -= 1
         others = watch.share()
         if others < row.others:
             best, row.others = found, others
@@ -83,28 +112,15 @@ def _undisturbed(
     return best
 
 
-def _checked(work: Workload, threads: int, row: Row, options: Options) -> dict[str, Runner]:
-    """The contestants that give the right result; `row` gets an entry for every one."""
-    expected = gate.reference(work)
-    limit = gate.tolerance(work)
-    runners: dict[str, Runner] = {}
-    for name, build in contestants(work, options.ours).items():
-        if name in options.without:
-            continue
-        entry = row.entries[name] = Entry()
-        try:
-            runner = build(work, threads)
-            if name != PADDED:  # it computes something else; the unpacked modes check it
-                entry.error = gate.error(work, runner, expected)
-        except Unavailable as reason:
-            entry.status = str(reason)
-            continue
-        except Exception as problem:  # a contestant that breaks is a result, not the end
-            first_line = (str(problem) or type(problem).__name__).splitlines()[0]
-            entry.status = f"failed: {first_line[:120]}"
-            continue
-        if entry.error is None or entry.error <= limit:
-            runners[name] = runner
-        else:
-            entry.status = "wrong"
-    return runners
+def _first_use(entry: Entry, name: str, enter: Enter, tries: int) -> None:
+    """The median of `tries` first calls, of which one was timed already, and peak memory."""
+    if not tries:
+        entry.setup_ms = entry.first_ms = None
+        return
+    found = [(entry.setup_ms, entry.first_ms)]
+    for _ in range(tries - 1):
+        with contextlib.closing(enter(name)) as one:
+            found.append(one.build())
+    entry.setup_ms, entry.first_ms = map(statistics.median, zip(*found, strict=True))
+    with contextlib.closing(enter(name)) as one:
+        entry.peak_mib = one.peak_mib()

@@ -6,15 +6,14 @@ import gc
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 SAMPLE_NS = 1_000_000  # a timing sample lasts at least this long; fast calls are looped in it
-LEAD_IN_NS = 10_000_000  # calls faster than this get one untimed call first, to wake their threads
-SETTLE_S = 0.05  # at most this long for the threads of the last library to stop spinning
+LEAD_IN_NS = 10_000_000  # calls faster than this get untimed ones first, to wake threads and fill caches
 
 
 @dataclass(frozen=True)
@@ -28,63 +27,48 @@ class Timing:
     inner: int
 
 
-class CpuClock:
-    def __init__(self, threads: int) -> None:
-        self.threads = threads
+class Sampled(Protocol):
+    def sample(self, inner: int, lead_in: int) -> float:
+        """Nanoseconds of one call, the mean of `inner`, after `lead_in` untimed ones."""
+        ...
 
-    def settle(self) -> None:
-        """Waits for idle workers (OpenMP's, ONNX Runtime's), which spin for milliseconds."""
-        deadline = time.perf_counter() + (SETTLE_S if self.threads > 1 else 0.0)
-        while time.perf_counter() < deadline:
-            before = time.process_time()
-            time.sleep(0.002)
-            if time.process_time() - before < 0.0005:
-                return
 
-    def sample(self, call: Callable[[], Any], inner: int, lead_in: bool = False) -> float:
-        """Nanoseconds of one call, the mean of `inner`."""
-        self.settle()
-        if lead_in:
-            call()
-        loop = range(inner)
-        start = time.perf_counter_ns()
+def sample(call: Callable[[], Any], inner: int, lead_in: int, device: str) -> float:
+    loop = range(inner)
+    for _ in range(lead_in):
+        call()
+    if device == "cuda":
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
         for _ in loop:
-            call()
-        return (time.perf_counter_ns() - start) / inner
-
-
-class CudaClock:
-    def sample(self, call: Callable[[], Any], inner: int, lead_in: bool = False) -> float:
-        start = torch.cuda.Event(enable_timing=True)
-        end = torch.cuda.Event(enable_timing=True)
-        if lead_in:
-            call()
-        start.record()
-        for _ in range(inner):
             call()
         end.record()
         end.synchronize()
-        return start.elapsed_time(end) * 1e6 / inner
+        return begin.elapsed_time(end) * 1e6 / inner
+    start = time.perf_counter_ns()
+    for _ in loop:
+        call()
+    return (time.perf_counter_ns() - start) / inner
 
 
-Clock = CpuClock | CudaClock
+def wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
-def measure(
-    calls: dict[str, Callable[[], Any]], clock: Clock, budget_s: float, rounds: tuple[int, int]
-) -> dict[str, Timing]:
-    """Times every call in interleaved rounds: for the budget, within the limits of `rounds`."""
+def measure(contestants: Mapping[str, Sampled], budget_s: float, rounds: tuple[int, int]) -> dict[str, Timing]:
+    """Times every contestant in interleaved rounds: for the budget, within the limits of `rounds`."""
     inner: dict[str, int] = {}
-    lead_in: dict[str, bool] = {}
-    for name, call in calls.items():
-        clock.sample(call, 1)  # warm-up
-        estimate = clock.sample(call, 1)
+    lead_in: dict[str, int] = {}
+    for name, one in contestants.items():
+        one.sample(1, 0)  # warm-up
+        estimate = one.sample(1, 0)
         if estimate < SAMPLE_NS:
-            estimate = min(clock.sample(call, math.ceil(SAMPLE_NS / 4 / estimate)), estimate)
+            estimate = min(one.sample(math.ceil(SAMPLE_NS / 4 / estimate), 0), estimate)
         inner[name] = max(1, math.ceil(SAMPLE_NS / estimate))
-        lead_in[name] = estimate < LEAD_IN_NS
+        lead_in[name] = math.ceil(inner[name] / 4) if estimate < LEAD_IN_NS else 0
 
-    names = list(calls)
+    names = list(contestants)
     samples: dict[str, list[float]] = {name: [] for name in names}
     collecting = gc.isenabled()
     gc.collect()
@@ -96,7 +80,7 @@ def measure(
                 break
             first = r % len(names)
             for name in names[first:] + names[:first]:
-                samples[name].append(clock.sample(calls[name], inner[name], lead_in[name]))
+                samples[name].append(contestants[name].sample(inner[name], lead_in[name]))
     finally:
         if collecting:
             gc.enable()

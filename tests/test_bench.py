@@ -1,0 +1,117 @@
+"""python -m bench: every contestant is checked before it is timed, and computes only when it is its turn."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """A function that imports a module of the benchmark."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    return lambda name: importlib.import_module(f"bench.{name}")
+
+
+@pytest.fixture
+def case(bench):
+    cases = bench("cases")
+    return cases.Case("inference", "GRU", "float32", cases.Shape(2, 5, 8))
+
+
+def states(pid: int) -> set[str]:
+    paths = Path(f"/proc/{pid}/task").glob("*/stat")
+    return {path.read_text().rpartition(")")[2].split()[0] for path in paths}
+
+
+def test_contestant_is_stopped_between_calls(bench, case):
+    one = bench("contestant").Apart(case, "torch", None, 2)
+    try:
+        setup_ms, first_ms = one.build()
+        assert setup_ms > 0 and first_ms > 0
+        assert states(one.pid) == {"T"}
+        assert one.sample(3, 1) > 0
+        assert states(one.pid) == {"T"}
+        assert one.peak_mib() >= 0
+    finally:
+        one.close()
+
+
+def test_contestant_that_dies_is_left_out(bench, case):
+    contestant, runner, results = bench("contestant"), bench("runner"), bench("results")
+    field = {name: contestant.Apart(case, name, "fusedrnn", 1) for name in ("fusedrnn", "torch")}
+    row = results.Row(case.key, case.group, "GRU", "float32", "2x5x8", 1, 10, 10)
+    row.entries = {name: results.Entry() for name in field}
+    options = runner.Options("fusedrnn", "cpu", 0.01, (2, 2), 1, 0, frozenset())
+    try:
+        for one in field.values():
+            one.build()
+        os.kill(field["fusedrnn"].pid, signal.SIGKILL)
+        time.sleep(0.1)
+        times = runner._times(dict(field), row, options)
+    finally:
+        for one in field.values():
+            one.close()
+    assert set(times) == {"torch"} and times["torch"].rounds == 2
+    assert row.entries["fusedrnn"].status.startswith("failed: its process ended")
+    assert row.entries["torch"].status == "ok"
+
+
+@pytest.mark.parametrize("change", [0.0, 0.01, float("nan")])
+def test_gate(bench, case, change, monkeypatch):
+    """A result that is off by a little is not timed."""
+    contestant, gate, runner = bench("contestant"), bench("gate"), bench("runner")
+    work = bench("workload").make(case, "cpu")
+    one = contestant.Contestant(case, "fusedrnn", "fusedrnn", 1, "cpu")
+    error = gate.error
+    monkeypatch.setattr(gate, "error", lambda w, found, e: error(w, {**found, "h_n": found["h_n"] + change}, e))
+    entry = runner._checked(one, gate.reference(work), gate.tolerance(work))
+    assert entry.status == ("ok" if change == 0 else "wrong")
+
+
+def test_command(tmp_path):
+    """A small run: all columns are there, for every mode; two results can be compared."""
+    bench = [sys.executable, "-m", "bench"]
+    options = ["--quick", "--shapes", "1x1x8", "--cells", "LSTM", "--dtypes", "float32", "--threads", "1", "--targets"]
+    options += ["--budget", "0.01", "--rounds", "2", "2", "--without", "onnxruntime,openvino", "--out", str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*bench, *options], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    groups = {"inference", "training", "step", "cells", "packed-inference", "packed-training"}
+    assert {row["group"] for row in rows} == groups
+    for row in rows:
+        entries = row["entries"]
+        assert {"fusedrnn", "torch"} <= set(entries) and row["floor_us"] > 0
+        for entry in entries.values():
+            assert entry["status"] == "ok" and entry["rounds"] == 2
+            assert min(entry["median_us"], entry["first_ms"], entry["setup_ms"]) > 0 <= entry["peak_mib"]
+    lines = (tmp_path / "results.csv").read_text().splitlines()
+    assert len(lines) == 1 + sum(len(row["entries"]) for row in rows)
+    assert "first call" in (tmp_path / "tables.md").read_text()
+    compared = subprocess.run(
+        [*bench, "compare", str(tmp_path), str(tmp_path)], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert "geometric mean, fusedrnn: 1.000" in compared.stdout, compared.stderr
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu(bench, case):
+    one = bench("contestant").Contestant(case, "fusedrnn", "fusedrnn", 1, "cuda")
+    gate = bench("gate")
+    one.build()
+    work = bench("workload").make(case, "cuda")
+    assert one.error(gate.reference(work)) <= gate.tolerance(work)
+    assert one.sample(3, 1) > 0
+    assert one.peak_mib() > 0
