@@ -199,6 +199,12 @@ SPLITS = [
     variant("lstm", I=30, H=96, lengths=ragged_lengths(19, 40), directions=2),
     variant("gru", T=5, N=130, I=48, H=48),
 ]
+# more rows than the backward pass takes at a time
+LONG = [
+    variant("lstm_proj", T=70, N=37, I=9, H=70, directions=2),
+    variant("gru", I=8, H=33, lengths=ragged_lengths(70, 90), directions=2),
+    variant("rnn_tanh", T=3, N=2100, I=5, H=20),
+]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -212,7 +218,7 @@ def test_same_bits_every_time(case, dtype, device, capability):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", SPLITS, ids=str)
+@pytest.mark.parametrize("case", SPLITS + LONG, ids=str)
 def test_same_bits_with_any_number_of_threads(case, dtype, device, capability, request):
     if on_cuda_kernels(request.config):
         pytest.skip("threads are the CPU's")

@@ -10,14 +10,14 @@
 
 namespace fusedrnn::FUSEDRNN_ISA {
 
-// Runs each direction's pass: both at once on half of the team each, or one after the other.
-template <class Pass>
-void run_directions(Pass** passes, int count, const Member& me, Barrier* half_barriers) {
+// Calls run(pass, its team's member) for each direction: both at once on half of the team each, or one after the other.
+template <class Pass, class Run>
+void run_directions(Pass** passes, int count, const Member& me, Barrier* half_barriers, Run run) {
   if (count == 2 && me.size % 2 == 0) {
     const int half = me.size / 2, direction = me.id / half;
-    passes[direction]->run({me.id % half, half, half_barriers + direction});
+    run(*passes[direction], Member{me.id % half, half, half_barriers + direction});
   } else {
-    for (int d = 0; d < count; ++d) passes[d]->run(me);
+    for (int d = 0; d < count; ++d) run(*passes[d], me);
   }
 }
 
@@ -28,7 +28,9 @@ void forward_directions(const Forward<S>* p, int count, int threads) {
   Pass* passes[2];
   Barrier half_barriers[2];
   for (int d = 0; d < count; ++d) passes[d] = new (memory[d]) Pass(p[d], threads);
-  run_team(threads, [&](Member me) { run_directions(passes, count, me, half_barriers); });
+  run_team(threads, [&](Member me) {
+    run_directions(passes, count, me, half_barriers, [](Pass& pass, const Member& member) { pass.run(member); });
+  });
   for (int d = 0; d < count; ++d) passes[d]->~Pass();
 }
 
@@ -46,11 +48,22 @@ void backward(const Backward<S>* p, int count, int threads) {
   alignas(Pass) char memory[2][sizeof(Pass)];
   Pass* passes[2];
   Barrier half_barriers[2];
-  for (int d = 0; d < count; ++d) passes[d] = new (memory[d]) Pass(p[d], threads);
+  int64_t chunks = 0;
+  for (int d = 0; d < count; ++d) {
+    passes[d] = new (memory[d]) Pass(p[d], threads);
+    chunks = std::max(chunks, passes[d]->chunks());
+  }
   run_team(threads, [&](Member me) {
-    run_directions(passes, count, me, half_barriers);
-    me.meet();
-    for (int d = 0; d < count; ++d) passes[d]->products(me);
+    for (int64_t i = 0; i < chunks; ++i) {
+      run_directions(passes, count, me, half_barriers,
+                     [i](Pass& pass, const Member& member) { pass.steps(member, i); });
+      for (int d = 0; d < count; ++d) {
+        me.meet();  // both directions may add to the same rows of dx
+        passes[d]->products(me, i);
+      }
+      me.meet();
+    }
+    for (int d = 0; d < count; ++d) passes[d]->finish(me);
   });
   for (int d = 0; d < count; ++d) passes[d]->~Pass();
 }

@@ -140,6 +140,7 @@ BackwardResult backward(const Layer& l, const BackwardArguments& a, int64_t need
   }
   Backward<S> p[2];
   const int64_t D = l.directions, each = l.weights_per_direction;
+  if (D == 2) copy_or_zero(dx, {});
   for (int64_t d = 0; d < D; ++d) {
     const auto dw = [&](int64_t i) {
       return wanted(dweights[d * each + i], needs & (need_first_weight << (d * each + i)));
@@ -157,7 +158,7 @@ BackwardResult backward(const Layer& l, const BackwardArguments& a, int64_t need
             .h0 = offset(data<const S>(h0), d * l.N * l.P),
             .c0 = offset(data<const S>(c0), d * l.N * l.H),
             .dx = wanted(dx, needs & need_dx),
-            .dx_accumulate = d == 1,
+            .dx_accumulate = D == 2,
             .dh0 = offset(wanted(dh0, needs & need_dh0), d * l.N * l.P),
             .dc0 = offset(wanted(dc0, l.has_c && (needs & need_dc0)), d * l.N * l.H),
             .dw_ih = dw(0),

@@ -2,20 +2,24 @@
 #pragma once
 
 #include <functional>
-#include <initializer_list>
+#include <vector>
 
 #include "recurrence.h"
 
 namespace fusedrnn::FUSEDRNN_ISA {
 
+// One thread's part of the gradients that share an a, summed up over any number of calls.
 template <class S>
 class OuterProduct {
   using A = Acc<S>;
   static constexpr int w = lanes<S>, width = max_vectors * w, step = k_step<S>;
-  static constexpr int tile_m = max_rows(max_vectors), block_m = 8 * tile_m;
+  static constexpr int tile_m = max_rows(max_vectors);
+  static constexpr int64_t block_m = 8 * tile_m;
+  static constexpr int group = 8;  // panels whose b stays in the second-level cache
+  static constexpr int64_t b_budget = 512 * 1024 / sizeof(S);
 
  public:
-  // A product with the same a: where its gradients go (or null), and where its b is.
+  // Where a product's gradients go (or null), and where its b is.
   struct Target {
     S* dw;  // [M, N]
     S* db;  // [M]
@@ -23,106 +27,128 @@ class OuterProduct {
     std::function<void(int64_t r, int64_t count, const S** to)> rows;  // to[i] <- row r + i of b
 
     int64_t panels() const { return dw ? divide_up(N, width) : 0; }
+    // Whether dw itself holds the sums.
+    bool in_place() const { return std::is_same_v<S, A> && N % width == 0; }
   };
 
-  // Scratch for one thread: for a run's products, M x N altogether.
-  void layout(Arena& arena, int64_t rows, int64_t M, int64_t N) {
-    const int64_t columns = width * std::min<int64_t>(group, N / width + 2);  // two targets: two narrower panels
-    block_k_ = std::min<int64_t>(round_up(rows, step), std::clamp<int64_t>(b_budget / columns, 64, 256));
-    b_ = arena.take<S>(block_k_ * columns);
-    a_ = arena.take<S>(block_k_ * block_m);
-    c_ = arena.take<A>(M * columns);
-    sums_ = arena.take<A>(round_up(M, w) + w);
-    rows_ = arena.take<const S*>(block_k_);
+  // What all products of a thread can share.
+  struct Scratch {
+    int64_t block_k;  // rows that are multiplied at once
+    S* b;             // [panels of a group][block_k / step][width][step]
+    S* a;             // [tiles][block_k / step][tile][step]
+    const S** rows;   // [block_k]
+
+    // For calls with up to `most_rows`, and products of up to N columns.
+    void layout(Arena& arena, int64_t most_rows, int64_t N) {
+      const int64_t columns = width * std::min<int64_t>(group, N / width + 2);  // two targets: two narrower panels
+      block_k = std::min<int64_t>(round_up(most_rows, step), std::clamp<int64_t>(b_budget / columns, 64, 256));
+      b = arena.take<S>(block_k * columns);
+      a = arena.take<S>(block_k * block_m);
+      rows = arena.take<const S*>(block_k);
+    }
+  };
+
+  // The part `m` of the gradients' M rows; row i of them is of column (i - shift) mod M of a.
+  OuterProduct(int64_t M, Range m, int64_t shift, std::vector<Target> targets)
+      : M_(M), m_(m), shift_(shift), targets_(std::move(targets)) {
+    if (m_.size() == 0) targets_.clear();
+    for (const Target& target : targets_) panels_ += target.panels(), sums_wanted_ |= target.db != nullptr;
   }
 
-  // The part `m` of the gradients' first dimension; element i of it is for column (i - shift) mod M of a.
-  void run(int64_t rows, const S* a, int64_t lda, int64_t M, Range m, int64_t shift,
-           std::initializer_list<Target> targets) {
-    if (m.size() == 0) return;
-    bool sums = false;
-    int64_t panels = 0;
-    for (const Target& target : targets) panels += target.panels(), sums |= target.db != nullptr;
-    std::fill(sums_, sums_ + m.size(), A{});
-    for (int64_t k0 = 0; sums && panels == 0 && k0 < rows; k0 += block_k_)
-      add_sums(a + k0 * lda + m.begin, lda, std::min(block_k_, rows - k0), m.size(), sums_);
-    const auto row_of = [&](int64_t i) { return i + shift < M ? i + shift : i + shift - M; };
-    const int64_t groups = divide_up(panels, group);
-    for (int64_t i = 0; i < groups; ++i) {
-      const Range some = part_of(panels, i, groups);
-      multiply(rows, a, lda, m, targets, some, panels, sums && i == 0);
-      for_panels(targets, some, [&](const Target& target, int64_t panel, int64_t column) {
-        for (int64_t i = m.begin; i < m.end; ++i)
-          copy_or_zero(target.dw + row_of(i) * target.N + column,
-                       static_cast<const A*>(c_ + ((i - m.begin) * some.size() + panel) * width),
-                       std::min<int64_t>(width, target.N - column));
-      });
+  void layout(Arena& arena) {
+    bool in_place = true;
+    for (const Target& target : targets_) in_place &= target.in_place();
+    c_ = arena.take<A>(in_place ? 0 : m_.size() * panels_ * width);
+    sums_ = arena.take<A>(sums_wanted_ ? round_up(m_.size(), w) + w : 0);
+    zeros_ = arena.take<A>(width);
+  }
+
+  // Adds the rows from `first`, `count` of them; a is the first one's.
+  void add(const Scratch& scratch, int64_t first, int64_t count, const S* a, int64_t lda) {
+    if (!started_) {
+      std::fill(zeros_, zeros_ + width, A{});
+      if (sums_wanted_) std::fill(sums_, sums_ + m_.size(), A{});
     }
-    for (int64_t i = m.begin; i < m.end; ++i)
-      for (const Target& target : targets)
-        if (target.db) copy_or_zero(target.db + row_of(i), static_cast<const A*>(sums_ + (i - m.begin)), 1);
+    for (int64_t k = 0; sums_wanted_ && k < count; k += scratch.block_k)
+      add_sums(a + k * lda + m_.begin, lda, std::min(scratch.block_k, count - k));
+    const int64_t groups = divide_up(panels_, group);
+    for (int64_t i = 0; i < groups; ++i)
+      for (int64_t k = 0; k < count; k += scratch.block_k)
+        multiply(scratch, first + k, std::min(scratch.block_k, count - k), a + k * lda + m_.begin, lda,
+                 part_of(panels_, i, groups), !started_ && k == 0);
+    started_ = true;
+  }
+
+  // Writes the gradients.
+  void write() const {
+    for_panels({0, panels_}, [&](const Target& target, int64_t panel, int64_t column) {
+      for (int64_t i = 0; !target.in_place() && i < m_.size(); ++i)
+        copy_or_zero(target.dw + row_of(i) * target.N + column,
+                     static_cast<const A*>(c_ + (panel * m_.size() + i) * width),
+                     std::min<int64_t>(width, target.N - column));
+    });
+    for (int64_t i = 0; sums_wanted_ && i < m_.size(); ++i)
+      for (const Target& target : targets_)
+        if (target.db) copy_or_zero(target.db + row_of(i), static_cast<const A*>(sums_ + i), 1);
   }
 
  private:
-  static constexpr int64_t b_budget = 512 * 1024 / sizeof(S);
-  static constexpr int group = 8;  // panels whose b stays in the second-level cache
-
-  // Calls f(target, i, column) for the i-th panel of a run of the targets' panels, and its first column.
+  // Calls f(target, panel, column) for some of the targets' panels, with the panel's first column.
   template <class F>
-  static void for_panels(std::initializer_list<Target> targets, Range some, F f) {
+  void for_panels(Range some, F f) const {
     int64_t panel = 0;
-    for (const Target& target : targets)
+    for (const Target& target : targets_)
       for (int64_t i = 0; i < target.panels(); ++i, ++panel)
-        if (panel >= some.begin && panel < some.end) f(target, panel - some.begin, i * width);
+        if (panel >= some.begin && panel < some.end) f(target, panel, i * width);
   }
 
-  // c_ [m, some panels, width] = a^T b; and sums_ += a's columns m
-  void multiply(int64_t rows, const S* a, int64_t lda, Range m, std::initializer_list<Target> targets, Range some,
-                int64_t panels, bool sums) {
-    const bool pack = step > 1 || panels > 4;  // with few columns, packing a would cost more than it saves
-    const int64_t ldc = some.size() * width;
-    std::fill(c_, c_ + m.size() * ldc, A{});
-    for (int64_t k0 = 0; k0 < rows; k0 += block_k_) {
-      const int64_t k = std::min(block_k_, rows - k0), padded_k = round_up(k, step);
-      const Target* last = nullptr;
-      for_panels(targets, some, [&](const Target& target, int64_t panel, int64_t column) {
-        if (&target != last) target.rows(k0, k, rows_), last = &target;
-        pack_b(panel, column, k, target.N);
+  // The gradients' row that column i of the part is for.
+  int64_t row_of(int64_t i) const { return (m_.begin + i + shift_) % M_; }
+
+  // c (+)= a^T b, for some panels
+  void multiply(const Scratch& scratch, int64_t r, int64_t k, const S* a, int64_t lda, Range some, bool first) {
+    const bool pack = step > 1 || panels_ > 4;  // with few columns, packing a would cost more than it saves
+    const Target* last = nullptr;
+    for_panels(some, [&](const Target& target, int64_t panel, int64_t column) {
+      if (&target != last) target.rows(r, k, scratch.rows), last = &target;
+      pack_b(scratch, panel - some.begin, column, k, target.N);
+    });
+    for (int64_t m0 = 0, count; m0 < m_.size(); m0 += count) {
+      count = std::min({block_m, m_.size() - m0, M_ - row_of(m0)});  // the rows of a block adjoin each other
+      if (pack) for_tiles(count, tile_m, [&](int64_t i, int tile) { pack_a(scratch, a + m0 + i, lda, k, i, tile); });
+      for_panels(some, [&](const Target& target, int64_t panel, int64_t column) {
+        A* c = c_ + (panel * m_.size() + m0) * width;
+        int64_t ldc = width;
+        if constexpr (std::is_same_v<S, A>)
+          if (target.in_place()) c = target.dw + row_of(m0) * target.N + column, ldc = target.N;
+        for_tiles(count, tile_m, [&](int64_t i, int tile) {
+          tiles<S, true>[max_vectors - 1][tile - 1](
+              round_up(k, step), pack ? scratch.a + i* scratch.block_k : a + m0 + i, pack ? tile : lda,
+              scratch.b + (panel - some.begin)* width* scratch.block_k, first ? zeros_ : c + i* ldc, first ? 0 : ldc,
+              c + i* ldc, ldc);
+        });
       });
-      for (int64_t m0 = m.begin; m0 < m.end; m0 += block_m) {
-        const int64_t count = std::min<int64_t>(block_m, m.end - m0);
-        const S* block = a + k0 * lda + m0;
-        if (sums) add_sums(block, lda, k, count, sums_ + (m0 - m.begin));
-        if (pack) for_tiles(count, tile_m, [&](int64_t i, int tile) { pack_a(block + i, lda, k, i, tile); });
-        for (int64_t panel = 0; panel < some.size(); ++panel)
-          for_tiles(count, tile_m, [&](int64_t i, int tile) {
-            A* c = c_ + (m0 - m.begin + i) * ldc + panel * width;
-            tiles<S, true>[max_vectors - 1][tile - 1](padded_k, pack ? a_ + i* block_k_ : block + i, pack ? tile : lda,
-                                                      b_ + panel* width* block_k_, c, ldc, c, ldc);
-          });
-      }
     }
   }
 
-  // b_ [panels][block_k / step][width][step] <- columns from `first` of the rows in rows_, of N columns.
-  void pack_b(int64_t panel, int64_t first, int64_t k, int64_t N) {
-    S* to = b_ + panel * width * block_k_;
+  // Columns from `first` of the rows of b, which have N columns.
+  static void pack_b(const Scratch& scratch, int64_t panel, int64_t first, int64_t k, int64_t N) {
+    S* to = scratch.b + panel * width * scratch.block_k;
     const int64_t valid = std::min<int64_t>(width, N - first);
     for (int64_t i = 0; i < round_up(k, step); ++i) {
       S* d = to + i / step * width * step + i % step;
       if (i < k && valid == width)
-        for (int j = 0; j < width; ++j) d[j * step] = rows_[i][first + j];
+        for (int j = 0; j < width; ++j) d[j * step] = scratch.rows[i][first + j];
       else
-        for (int j = 0; j < width; ++j) d[j * step] = i < k && j < valid ? rows_[i][first + j] : S{};
+        for (int j = 0; j < width; ++j) d[j * step] = i < k && j < valid ? scratch.rows[i][first + j] : S{};
     }
   }
 
-  // a_ [tiles][block_k / step][tile][step]
-  void pack_a(const S* from, int64_t lda, int64_t k, int64_t first, int tile) {
+  static void pack_a(const Scratch& scratch, const S* from, int64_t lda, int64_t k, int64_t first, int tile) {
     if (tile == tile_m)
-      pack_a_rows(from, lda, k, a_ + first * block_k_, std::integral_constant<int, tile_m>{});
+      pack_a_rows(from, lda, k, scratch.a + first * scratch.block_k, std::integral_constant<int, tile_m>{});
     else
-      pack_a_rows(from, lda, k, a_ + first * block_k_, tile);
+      pack_a_rows(from, lda, k, scratch.a + first * scratch.block_k, tile);
   }
 
   template <class Tile>
@@ -134,21 +160,24 @@ class OuterProduct {
       }
   }
 
-  static void add_sums(const S* from, int64_t lda, int64_t k, int64_t count, A* sums) {
-    for (int64_t j = 0; j < count; j += w) {
-      const int64_t valid = std::min<int64_t>(w, count - j);
+  void add_sums(const S* from, int64_t lda, int64_t k) {
+    for (int64_t j = 0; j < m_.size(); j += w) {
+      const int64_t valid = std::min<int64_t>(w, m_.size() - j);
       AccVec<S> total{};
       for (int64_t i = 0; i < k; ++i) total += load(from + i * lda + j, valid);
-      store(sums + j, load(sums + j, valid) + total, valid);
+      store(sums_ + j, load(sums_ + j, valid) + total, valid);
     }
   }
 
-  int64_t block_k_;
-  S* b_;
-  S* a_;
-  A* c_;
-  A* sums_;
-  const S** rows_;
+  int64_t M_;
+  Range m_;
+  int64_t shift_;
+  std::vector<Target> targets_;
+  int64_t panels_ = 0;
+  bool sums_wanted_ = false, started_ = false;
+  A* c_;      // [panels, m, width], where dw can't hold the sums
+  A* sums_;   // [m]
+  A* zeros_;  // [width]
 };
 
 }  // namespace fusedrnn::FUSEDRNN_ISA

@@ -78,7 +78,7 @@ struct Backward {
   const S* h0;
   const S* c0;
   S* dx;               // [rows, I] or null
-  bool dx_accumulate;  // add to dx (the other direction's)
+  bool dx_accumulate;  // add to dx, where the other direction does so too
   S* dh0;              // [N, P] or null
   S* dc0;              // [N, H] or null
   S* dw_ih;            // as the weights, or null
