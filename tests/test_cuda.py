@@ -107,6 +107,48 @@ def test_tf32(name, device, capability):
 
 
 @pytest.mark.usefixtures("cuda_kernels")
+@pytest.mark.parametrize("torch_too", [False, True])
+def test_tf32_of_the_products(device, torch_too, monkeypatch):
+    """A step from a zero state multiplies nothing but x and W_ih, and backward for dx and dW_ih."""
+    if device.type == "cuda":
+        monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", torch_too)
+    elif torch_too:
+        pytest.skip("needs --device cuda")
+    case = variant("gru", T=1, N=6, I=40, H=9, directions=2)
+    inputs, gradients = make_inputs(case, device), make_gradients(case, device)
+    inputs.h0.zero_()
+    y, _, _, gates, cells = layer_op("gru")(*inputs.arguments(), True, True)
+    exact = in_float64(case, inputs, gradients, y)
+    upstream = [*gradients[:3], None]
+    found = layer_backward_op("gru")(*upstream, *inputs.arguments(), y, gates, cells, needs_of(inputs), True)
+    dx, _, _, dweights = found
+    for what, value in {"y": y, "dx": dx, "dw_ih": dweights[0]}.items():
+        error = relative_error(value, exact[what.replace("dw_ih", "d0")])
+        assert 2e-5 < error < TF32_FLOOR, f"{what}: {error:.3g}"
+
+
+@pytest.mark.usefixtures("cuda_kernels")
+@pytest.mark.parametrize("strides", ["expanded", "transposed", "one row", "one input"])
+def test_tf32_of_any_strides(strides, device):
+    options = {"one row": {"T": 1, "N": 1}, "one input": {"I": 1}}.get(strides, {})
+    case = variant("lstm_proj", **{"T": 3, "N": 4, "I": 5, "H": 6, **options})
+    inputs, gradients = make_inputs(case, device), make_gradients(case, device)
+    if strides == "expanded":
+        inputs.x = inputs.x[:1, :1].expand(inputs.x.shape)
+    elif strides == "transposed":
+        inputs.x = inputs.x.transpose(1, 2).contiguous().transpose(1, 2)
+        inputs.weights = [w.t().contiguous().t() if w.dim() == 2 else w for w in inputs.weights]
+    y, _, _, gates, cells = layer_op("lstm")(*inputs.arguments(), True, True)
+    expected = in_float64(case, inputs, gradients, y)
+    upstream = [*gradients[:3], None]
+    dx, _, _, dweights = layer_backward_op("lstm")(
+        *upstream, *inputs.arguments(), y, gates, cells, needs_of(inputs), True
+    )
+    for what, value in {"y": y, "dx": dx, **{f"d{i}": d for i, d in enumerate(dweights)}}.items():
+        assert relative_error(value, expected[what]) < TF32_FLOOR, what
+
+
+@pytest.mark.usefixtures("cuda_kernels")
 @pytest.mark.parametrize("name", VARIANTS)
 def test_plans_agree_bit_for_bit(name, device):
     """The plans differ in launches and in where weights are, not in the order of sums."""

@@ -46,6 +46,13 @@ struct alignas(16) Vector {
   uint32_t word[4];
 };
 
+// A matrix in memory: rows of float that are `pitch` apart. What is meant is its transpose, if it is turned.
+struct Factor {
+  const float* data;
+  int pitch;
+  bool turned;
+};
+
 }  // namespace fusedrnn::cuda
 
 #if defined(__CUDACC__)
@@ -53,10 +60,18 @@ struct alignas(16) Vector {
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
+#include <library_types.h>
 #include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/c/shim.h>
 
 #include <stdexcept>
 #include <string>
+
+// cuBLAS's, which has no header in every toolkit: that of the library torch has loaded, or null.
+extern "C" __attribute__((weak)) int cublasGemmEx(void* handle, int a_turned, int b_turned, int m, int n, int k,
+                                                  const void* alpha, const void* a, int a_type, int a_pitch,
+                                                  const void* b, int b_type, int b_pitch, const void* beta, void* c,
+                                                  int c_type, int c_pitch, int compute, int algorithm);
 
 #define FUSEDRNN_DEVICE __device__ __forceinline__
 #define FUSEDRNN_KERNEL(threads) __global__ void __launch_bounds__(threads)
@@ -210,6 +225,19 @@ void launch(void (*kernel)(Params), const Launch& l, Stream stream, Params p) {
   config.numAttrs = l.cooperative ? 1 : 0;
   void* arguments[] = {&p};
   check(cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), arguments), "launch");
+}
+
+// out = a b in TF32, [m, n] = [m, k] [k, n], on the current device; false if that can't be done. With torch's handle of
+// this thread, which has torch's current stream and a workspace that outlives a captured graph.
+inline bool multiply_tf32(float* out, int m, int n, int k, Factor a, Factor b) {
+  if (!cublasGemmEx) return false;
+  void* handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_get_current_cuda_blas_handle(&handle));
+  constexpr int success = 0, fast_tf32 = 77, default_algorithm = -1;  // cublas_api.h
+  const float one = 1, zero = 0;
+  // cuBLAS has columns where we have rows, so it computes out' = b' a'.
+  return cublasGemmEx(handle, b.turned, a.turned, n, m, k, &one, b.data, CUDA_R_32F, b.pitch, a.data, CUDA_R_32F,
+                      a.pitch, &zero, out, CUDA_R_32F, n, fast_tf32, default_algorithm) == success;
 }
 
 }  // namespace fusedrnn::cuda

@@ -1,5 +1,9 @@
-// The ops on a GPU: the products over all rows by torch (cuBLAS), the time loop by our kernels.
+// The ops on a GPU: the products over all rows by cuBLAS, the time loop by our kernels.
 #include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <limits>
+#include <optional>
 
 #include "../tensors.h"
 #include "kernels.h"
@@ -41,8 +45,27 @@ Rows<const S> rows_of(const Tensor& t) {
 
 Tensor transposed(const Tensor& t) { return stable::transpose(t, 0, 1); }
 
-// out = a b. Autocast changes the dtype of matmul and sum, but leaves the variants with an output alone.
+// A matrix or a transposed one as cuBLAS takes it; none if it is empty, too large or has other strides.
+std::optional<Factor> factor(const Tensor& t) {
+  const int turned = t.stride(1) != 1;  // then what lies in memory as a row is a column
+  const int64_t rows = t.size(turned), columns = t.size(!turned);
+  const int64_t pitch = rows == 1 ? columns : t.stride(turned);
+  if (t.numel() == 0 || t.stride(!turned) != 1 || pitch < columns) return {};
+  if (std::max(rows, pitch) > std::numeric_limits<int>::max()) return {};
+  return Factor{data<const float>(t), int(pitch), turned != 0};
+}
+
+// out = a b: in TF32 if that is Math's way, which torch's products do only where a switch of their own says so.
+// Autocast changes the dtype of matmul and sum, but leaves the variants with an output alone.
+template <class Math>
 void multiply(const Tensor& out, const Tensor& a, const Tensor& b) {
+  if constexpr (std::is_same_v<Math, TensorCores<float>>) {
+    const std::optional<Factor> left = factor(a), right = factor(b);
+    if (left && right &&
+        multiply_tf32(data<float>(out), int(a.size(0)), int(b.size(1)), int(a.size(1)), *left, *right)) {
+      return;
+    }
+  }
   std::array<StableIValue, 3> stack{stable::detail::from(a), stable::detail::from(b), stable::detail::from(out)};
   STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
   stable::detail::to<Tensor>(stack[0]);  // takes the result's reference off the stack
@@ -129,7 +152,7 @@ ForwardResult forward(const Layer& l, const Tensor& x, const MaybeTensor& h0_, c
   const auto same = [](const Tensor& t) { return t; };
 
   const Tensor wx = empty({l.rows, D * G * H}, l.dtype, x);
-  multiply(wx, stable::reshape(x, {l.rows, l.I}), transposed(stacked(l, weights, 0, G * H)));
+  multiply<Math>(wx, stable::reshape(x, {l.rows, l.I}), transposed(stacked(l, weights, 0, G * H)));
   const std::vector<Tensor> w_hhs = call.weights_of<S>(weights, 1, same);
   const std::vector<Tensor> w_hrs = l.projected ? call.weights_of<S>(weights, w_hr, same) : std::vector<Tensor>{};
 
@@ -248,7 +271,7 @@ BackwardResult backward(const Layer& l, const BackwardArguments& a, int64_t need
 
   if (needs & need_dx) {
     const Tensor all = stable::reshape(dwx, {l.rows, D * width});
-    multiply(stable::reshape(dx, {l.rows, l.I}), all, stacked(l, weights, 0, width));
+    multiply<Math>(stable::reshape(dx, {l.rows, l.I}), all, stacked(l, weights, 0, width));
   }
   const auto wanted = [&](int64_t d, int64_t i) { return needs & (need_first_weight << (d * each + i)); };
   const auto gradient_rows = [&](const Tensor& t, int64_t d) {
@@ -257,20 +280,20 @@ BackwardResult backward(const Layer& l, const BackwardArguments& a, int64_t need
   for (int64_t d = 0; d < D; ++d) {
     const Tensor* dw = dweights.data() + d * each;
     const Tensor dwx_d = gradient_rows(dwx, d), drh_d = gradient_rows(drh, d);
-    if (wanted(d, 0)) multiply(dw[0], transposed(dwx_d), x);
+    if (wanted(d, 0)) multiply<Math>(dw[0], transposed(dwx_d), x);
     if (wanted(d, 1)) {
       const Tensor h_prev = empty({l.rows, P}, l.dtype, x);
       const PreviousRows<S> rows{p.direction[d].steps, P, p.direction[d].y, p.direction[d].h0, data<S>(h_prev)};
       launch(previous_rows<S>, {.grid = {unsigned(std::min<int64_t>(l.T, 4096))}, .threads = row_threads},
              call.device.stream(), rows);
-      multiply(dw[1], transposed(drh_d), h_prev);
+      multiply<Math>(dw[1], transposed(drh_d), h_prev);
     }
     if (l.bias && wanted(d, 2)) sum_rows(dw[2], dwx_d);
     if (l.bias && wanted(d, 3)) sum_rows(dw[3], drh_d);
     if (l.projected && wanted(d, each - 1)) {
       const Tensor unprojected =
           stable::select(stable::select(stable::reshape(gates, {l.rows, D, l.saved, H}), 1, d), 1, Cell::saved);
-      multiply(dw[each - 1], transposed(fusedrnn::narrow(stable::select(dh, 1, d), 1, 0, P)), unprojected);
+      multiply<Math>(dw[each - 1], transposed(fusedrnn::narrow(stable::select(dh, 1, d), 1, 0, P)), unprojected);
     }
   }
   return {dx, dh0, dc0, dweights};

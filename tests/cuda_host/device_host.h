@@ -164,4 +164,20 @@ void launch(void (*kernel)(Params), const Launch& l, Stream, const Params& p) {
   host::run({l.grid.x, l.grid.y, l.grid.z}, l.threads, l.shared_bytes, l.cooperative, [&] { kernel(p); });
 }
 
+inline bool multiply_tf32(float* out, int m, int n, int k, Factor a, Factor b) {
+  if (a.pitch < (a.turned ? m : k) || b.pitch < (b.turned ? k : n)) host::fail("rows of a matrix overlap");
+  const auto at = [](const Factor& f, int64_t row, int64_t column) {
+    const float value = f.turned ? f.data[column * f.pitch + row] : f.data[row * f.pitch + column];
+    return bits_to_float(round_to_tf32(float_to_bits(value)));
+  };
+  for (int i = 0; i < m; ++i) {
+    for (int j = 0; j < n; ++j) {
+      float sum = 0;
+      for (int l = 0; l < k; ++l) sum += at(a, i, l) * at(b, l, j);
+      out[int64_t(i) * n + j] = sum;
+    }
+  }
+  return true;
+}
+
 }  // namespace fusedrnn::cuda
