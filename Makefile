@@ -23,7 +23,7 @@ help:
 	@echo "make bench    install, time fusedrnn against its peers, train the demo   (BENCH=: the full benchmark)"
 	@echo "make lint     ruff, clang-format and mypy;  make format  lets the first two change the files"
 	@echo "make docs     draw the pictures and build the documentation: build/docs/index.html"
-	@echo "make asan cuda-host mutants gpu     the kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer"
+	@echo "make asan     the kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make cuda-host  the CUDA kernels' tests on the CPU, no GPU needed;  make mutants  what those tests would catch"
 	@echo "make gpu      on a machine with a GPU: build, test, compute-sanitizer, benchmark against cuDNN"
 	@echo "make clean    remove $(VENV) and what was built"

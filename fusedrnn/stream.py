@@ -20,9 +20,10 @@ class Stream:
             y = stream(x)
         stream.reset()                  # before the next sequence
 
-    After the first call with a shape no tensor is allocated any more: the state is updated in place, and
-    the results lie in the same memory, where the next call overwrites them (``clone()`` what is to be
-    kept). A stream is for one thread, and for the device and dtype that the module has when it is made.
+    The state is updated in place, and the results lie in the same memory, where the next call overwrites
+    them (``clone()`` what is to be kept): on a CPU, after the first call with a shape, no tensor is
+    allocated any more (but in float16). A stream is for one thread, and for the device and dtype that
+    the module has when it is made.
 
     Args:
         module: an ``LSTM``, ``GRU`` or ``RNN`` of fusedrnn in one direction; dropout is not applied.
