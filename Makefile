@@ -86,7 +86,7 @@ mutants: $(VENV)/.test
 	PYTHONPATH=tools $(BIN)/python tools/mutants.py
 
 gpu:
-	bash bench/gpu_check.sh
+	PYTHON='$(PYTHON)' bash bench/gpu_check.sh
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info fusedrnn/lib fusedrnn/_C.*.so .*_cache .hypothesis

@@ -27,7 +27,7 @@ from torch import Tensor
 from . import gate, memory, timing
 from .cases import Case
 from .implementations import OWN, PADDED, Unavailable, contestants
-from .workload import make
+from .workload import Workload, make
 
 PRELOAD = [
     "torch",
@@ -42,19 +42,21 @@ LARGEST_MMAP_THRESHOLD = 2**25  # glibc's, on 64 bits
 
 
 class Contestant:
-    """In this process."""
+    """In this process. A `work` that is given is used, and not made again."""
 
-    def __init__(self, case: Case, name: str, ours: str | None, threads: int, device: str) -> None:
+    def __init__(
+        self, case: Case, name: str, ours: str | None, threads: int, device: str, work: Workload | None = None
+    ) -> None:
         self._case, self._name, self._ours = case, name, ours
-        self._threads, self._device = threads, device
+        self._threads, self._device, self._work = threads, device, work
         self._call: Callable[[], Any] | None = None
 
     def build(self) -> tuple[float, float]:
         """Milliseconds of making the module, session or compiled model, and of its first call."""
-        self._work = make(self._case, self._device)
+        work = self._work = self._work or make(self._case, self._device)
         with self._grad():
             start = time.perf_counter_ns()
-            runner = contestants(self._work, self._ours)[self._name](self._work, self._threads)
+            runner = contestants(work, self._ours)[self._name](work, self._threads)
             built = time.perf_counter_ns()
             result = runner.call()
             timing.wait(self._device)
@@ -67,6 +69,7 @@ class Contestant:
     def error(self, expected: dict[str, Tensor]) -> float | None:
         """Of the first call's results; None where they are not to be compared."""
         found, self._found = self._found, {}
+        assert self._work is not None
         return None if self._name == PADDED else gate.error(self._work, found, expected)
 
     def sample(self, inner: int, lead_in: int) -> float:
@@ -85,7 +88,7 @@ class Contestant:
         return torch.set_grad_enabled(self._case.training)
 
     def close(self) -> None:
-        self._call = None
+        self._call = self._work = None
 
 
 class Lost(RuntimeError):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import importlib
-import importlib.util
 import os
 import platform
 import re
@@ -37,6 +36,7 @@ def collect(ours: str | None, device: str, threads: list[int]) -> dict[str, Any]
         "load_average": [round(x, 2) for x in os.getloadavg()],
         "threads": threads,
         "device": device,
+        "process_each": device == "cpu",  # for every implementation
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in PACKAGES},
@@ -133,8 +133,9 @@ def _version(name: str) -> str | None:
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
-        found = importlib.util.find_spec(name)  # built in place, not installed
-        return getattr(importlib.import_module(name), "__version__", None) if found else None
+        with contextlib.suppress(ImportError):  # built in place, not installed
+            return getattr(importlib.import_module(name), "__version__", None)
+        return None
 
 
 def _commit() -> str:

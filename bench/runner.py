@@ -49,12 +49,11 @@ def run(case: Case, threads: int, limits: Limits | None, options: Options) -> Ro
         row.floor_us, row.floor_kind = limits.floor_us(case)
     names = [name for name in contestants(work, options.ours) if name not in options.without]
     expected, limit = gate.reference(work), gate.tolerance(work)
-    del work
 
     def enter(name: str) -> Contestant | Apart:
         if options.device == "cpu":
             return Apart(case, name, options.ours, threads)
-        return Contestant(case, name, options.ours, threads, options.device)
+        return Contestant(case, name, options.ours, threads, options.device, work)
 
     with contextlib.ExitStack() as stack:
         right: dict[str, Contestant | Apart] = {}
