@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 
 SAMPLE_NS = 1_000_000  # a timing sample lasts at least this long; fast calls are looped in it
-LEAD_IN_NS = 10_000_000  # calls faster than this get untimed ones first, to wake threads and fill caches
+LEAD_IN_NS = 3_000_000  # and untimed calls for this long come first: a training loop has warm caches and memory
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def measure(contestants: Mapping[str, Sampled], budget_s: float, rounds: tuple[i
         if estimate < SAMPLE_NS:
             estimate = min(one.sample(math.ceil(SAMPLE_NS / 4 / estimate), 0), estimate)
         inner[name] = max(1, math.ceil(SAMPLE_NS / estimate))
-        lead_in[name] = math.ceil(inner[name] / 4) if estimate < LEAD_IN_NS else 0
+        lead_in[name] = math.ceil(LEAD_IN_NS / estimate)
 
     names = list(contestants)
     samples: dict[str, list[float]] = {name: [] for name in names}
