@@ -10,7 +10,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-TESTS = ["tests/test_ops.py", "tests/test_cuda.py", "-k", "test_plans_agree or (test_ragged_shapes and bfloat16)"]
+TESTS = [
+    "tests/test_ops.py",
+    "tests/test_cuda.py",
+    "-k",
+    "test_plans_agree or test_tf32 or (test_ragged_shapes and bfloat16)",
+]
 
 # The forward kernel's, not the backward one's.
 KEEP = """Step::keep_weights(p, d, at);
@@ -35,6 +40,8 @@ MUTANTS = [
     ("two operands of mma swapped", "tile.cuh", "a[1].word[0], a[0].word[1]", "a[0].word[1], a[1].word[0]"),
     ("backward reads the wrong step", "stepwise.cuh", *swap("next_row = d.steps.first_row({});", "s + 1", "s")),
     ("weights used before they are kept", "stepwise.cuh", *swap(KEEP, "sync_block();", "")),
+    ("large products ignore TF32", "layer_cuda.cu", "if (left && right &&", "if (false && left && right &&"),
+    ("a transposed factor isn't turned", "layer_cuda.cu", "int(pitch), turned != 0}", "int(pitch), false}"),
     ("rows that start late lose their h0", "layer_cuda.cu", "h0_ && i < 2", "h0_ && i < 1"),
 ]
 
