@@ -34,10 +34,12 @@ class BackwardPass {
     // A cache line more: rows a power of two apart would all fall into the same few places of the cache.
     ldg_ = Slot::count * H + 64 / int64_t(sizeof(S));
     const int64_t chunk_rows = divide_into_chunks();
+    w_ih_last_ = p_.dx && chunks() == 1 && w_ih_.panels_size() <= w_hh_.panels_size();
     list_products();
     arena_.allocate([&, N = N, I = I, H = H, P = P](Arena& arena) {
       layout_matrix(arena, w_hh_, true);
-      layout_matrix(arena, w_ih_, p_.dx != nullptr);
+      layout_matrix(arena, w_ih_, p_.dx && !w_ih_last_);
+      if (w_ih_last_) w_ih_.packed = true, w_ih_.panels = w_hh_.panels;
       layout_matrix(arena, w_hr_, shape_.projected);
       groups_.layout(arena, threads_);
       dgates_ = arena.take<S>(chunk_rows * ldg_);
@@ -82,6 +84,10 @@ class BackwardPass {
   void products(const Member& me, int64_t index) {
     if (index >= chunks()) return;
     const Chunk chunk = this->chunk(index);
+    if (w_ih_last_) {
+      pack_share(w_ih_, me);
+      me.meet();
+    }
     if (p_.dx) input_gradient(me, chunk);
     for (int i = me.id; i < threads_; i += me.size) {  // a part for each thread, should all have come
       Products& products = products_[i];
@@ -155,7 +161,7 @@ class BackwardPass {
 
   void begin(const Member& me) {
     pack_share(w_hh_, me);
-    if (p_.dx) pack_share(w_ih_, me);
+    if (p_.dx && !w_ih_last_) pack_share(w_ih_, me);
     if (shape_.projected) pack_share(w_hr_, me);
     const Range n = part_of(shape_.N, me.id, me.size);
     const int64_t H = shape_.H, P = shape_.P;
@@ -359,6 +365,7 @@ class BackwardPass {
   const int threads_;
   Arena arena_;
   Matrix<S> w_ih_, w_hh_, w_hr_;
+  bool w_ih_last_;  // W_ih's panels take the place of W_hh's: after the only chunk's steps nobody needs those
   Groups groups_;
   int64_t ldg_;                     // elements between rows of dgates
   S* dgates_;                       // [rows of a chunk, slots, H]

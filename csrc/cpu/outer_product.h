@@ -33,10 +33,10 @@ class OuterProduct {
 
   // What all products of a thread can share.
   struct Scratch {
-    int64_t block_k;  // rows that are multiplied at once
-    S* b;             // [panels of a group][block_k / step][width][step]
-    S* a;             // [tiles][block_k / step][tile][step]
-    const S** rows;   // [block_k]
+    int64_t block_k = 0;       // rows that are multiplied at once
+    S* b = nullptr;            // [panels of a group][block_k / step][width][step]
+    S* a = nullptr;            // [tiles][block_k / step][tile][step]
+    const S** rows = nullptr;  // [block_k]
 
     // For calls with up to `most_rows`, and products of up to N columns.
     void layout(Arena& arena, int64_t most_rows, int64_t N) {
@@ -175,9 +175,9 @@ class OuterProduct {
   std::vector<Target> targets_;
   int64_t panels_ = 0;
   bool sums_wanted_ = false, started_ = false;
-  A* c_;      // [panels, m, width], where dw can't hold the sums
-  A* sums_;   // [m]
-  A* zeros_;  // [width]
+  A* c_ = nullptr;      // [panels, m, width], where dw can't hold the sums
+  A* sums_ = nullptr;   // [m]
+  A* zeros_ = nullptr;  // [width]
 };
 
 }  // namespace fusedrnn::FUSEDRNN_ISA
