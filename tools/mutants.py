@@ -1,6 +1,7 @@
 """Breaks the CUDA kernels in one place after another and shows that their tests on the CPU fail each time.
 
-Run by ``make mutants``. Exit status 1 if a mutant survives.
+Run by ``make mutants``. Exit status 1 if a mutant survives. With an argument, only mutants with this
+text in their name or file are made.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ TESTS = [
 KEEP = """Step::keep_weights(p, d, at);
     {}
   }}
-  typename Step::Ahead ahead;
-  for (int64_t s = p.range.first;"""
-MEET = "Step::fetch(p, d, at, {}, ahead);\n        {}"
+  typename Step::Cells cells(p, d, at, p.range.first);"""
+SUMS = "cells.batch - 1)); }}, d.w_hh.row);\n    {}"
+MEET = "cells.fetch({});\n      {}"
 
 
 def swap(text: str, old: str, new: str) -> tuple[str, str]:
@@ -31,14 +32,18 @@ def swap(text: str, old: str, new: str) -> tuple[str, str]:
 
 
 MUTANTS = [
-    ("no barrier before the sums are read", "stepwise.cuh", "}, d.w_hh.row);\n    sync_block();", "}, d.w_hh.row);"),
+    ("no barrier before the sums are read", "stepwise.cuh", *swap(SUMS, "sync_block();", "")),
     ("no meeting between forward steps", "stepwise.cuh", *swap(MEET.format("s + 1", "{}"), "meeting.meet();", "")),
     ("no meeting between backward steps", "stepwise.cuh", *swap(MEET.format("s - 1", "{}"), "meeting.meet();", "")),
     ("a meeting doesn't wait", "stepwise.cuh", "wait_for(counter_, target_);", ""),
     ("a meeting doesn't signal", "stepwise.cuh", "signal(counter_);", ""),
-    ("h goes to the buffer that is being read", "stepwise.cuh", "d.h[(s + 1) % 2].at(n)", "d.h[s % 2].at(n)"),
+    ("h goes to the buffer that is being read", "stepwise.cuh", "d.h[(cells.s + 1) % 2].at", "d.h[cells.s % 2].at"),
     ("two operands of mma swapped", "tile.cuh", "a[1].word[0], a[0].word[1]", "a[0].word[1], a[1].word[0]"),
-    ("backward reads the wrong step", "stepwise.cuh", *swap("next_row = d.steps.first_row({});", "s + 1", "s")),
+    (
+        "backward reads the wrong step",
+        "stepwise.cuh",
+        *swap("next_row = d.steps.first_row(cells.s{});", " + 1", ""),
+    ),
     ("weights used before they are kept", "stepwise.cuh", *swap(KEEP, "sync_block();", "")),
     ("large products ignore TF32", "layer_cuda.cu", "if (left && right &&", "if (false && left && right &&"),
     ("a transposed factor isn't turned", "layer_cuda.cu", "int(pitch), turned != 0}", "int(pitch), false}"),
@@ -48,7 +53,10 @@ MUTANTS = [
 
 def main() -> int:
     survivors = []
+    wanted = "".join(sys.argv[1:2])
     for what, file, old, new in MUTANTS:
+        if wanted not in f"{what} ({file})":
+            continue
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "cuda_host", "--ops", "fusedrnn_cuda_host", *TESTS]
         done = subprocess.run([*command, "--mutate", json.dumps([file, old, new])], capture_output=True, text=True)
         # 1: a test failed. Negative, or an abort: the kernel deadlocked.

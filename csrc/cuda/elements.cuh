@@ -1,0 +1,223 @@
+// What a block does with the sums of a recurrent product: the cell, element by element. A thread has the same elements
+// in every step, so c and its gradient stay in its registers.
+#pragma once
+
+#include "../cells/cell.h"
+#include "params.h"
+
+namespace fusedrnn::cuda {
+
+constexpr int units = 16;  // a group of hidden units, side by side in a half of a warp
+
+// An element: the unit and the batch entry, the same counted from the block's corner, and its number in the thread.
+struct Element {
+  int64_t unit, n;
+  int m, column, i;
+};
+
+// What a block computes: `groups` of 16 units (or outputs of the projection) from `unit`, `columns` entries of the
+// batch from `row`; at most `count` elements a thread.
+template <int columns, int count_>
+struct Place {
+  static constexpr int count = count_;
+  int direction, groups;
+  int64_t unit, row;
+
+  // Calls f(element) for the thread's elements with unit < units_end and n < rows_end.
+  template <class F>
+  FUSEDRNN_DEVICE void each(int64_t units_end, int64_t rows_end, F f) const {
+#pragma unroll
+    for (int i = 0; i < count; ++i) {
+      const int e = thread_index() + i * block_threads(), column = e / units % columns;
+      const int m = e / (units * columns) * units + e % units;
+      if (m < groups * units && unit + m < units_end && row + column < rows_end)
+        f(Element{unit + m, row + column, m, column, i});
+    }
+  }
+};
+
+template <class S>
+FUSEDRNN_DEVICE Accumulator<S> value(const S* p, int64_t i) {
+  return p ? Accumulator<S>(widen(p[i])) : Accumulator<S>(0);
+}
+
+// The forward pass of a thread's elements.
+template <class Cell, class S, class Place>
+struct ForwardCells {
+  using A = Accumulator<S>;
+  static constexpr int gates = Cell::gates;
+
+  const Forward<S>& p;
+  const ForwardDirection<S>& d;
+  const Place& at;
+  int64_t s, first_row, batch, next_batch;  // of the step that was fetched
+  S wx[Place::count][gates] = {}, h[Place::count] = {};
+  A c[Place::count] = {};
+
+  // `first` is the launch's first step.
+  FUSEDRNN_DEVICE ForwardCells(const Forward<S>& p, const ForwardDirection<S>& d, const Place& at, int64_t first)
+      : p(p), d(d), at(at) {
+    at.each(p.H, d.steps.N, [&](const Element& e) {
+      if constexpr (Cell::reads_h) h[e.i] = d.h[first % 2].at(e.n)[e.unit];
+      if constexpr (Cell::has_c) c[e.i] = d.c[e.n * p.H + e.unit];
+    });
+    fetch(first);
+  }
+  // For the next launch.
+  FUSEDRNN_DEVICE void store() const {
+    at.each(p.H, d.steps.N, [&](const Element& e) {
+      if constexpr (Cell::has_c) d.c[e.n * p.H + e.unit] = c[e.i];
+    });
+  }
+
+  // Loads what a step needs beside h: to be called before its h is waited for.
+  FUSEDRNN_DEVICE void fetch(int64_t step) {
+    s = step, batch = d.steps.batch(s), next_batch = d.steps.batch(s + 1);
+    first_row = batch ? d.steps.first_row(s) : 0;
+    at.each(p.H, batch, [&](const Element& e) {
+#pragma unroll
+      for (int g = 0; g < gates; ++g) wx[e.i][g] = d.wx.at(first_row + e.n)[g * p.H + e.unit];
+    });
+  }
+
+  // An element's h (before the projection); `sums` gives the recurrent sums of its gates, W_hh h.
+  template <class Sums>
+  FUSEDRNN_DEVICE S step(const Element& e, Sums sums) {
+    const int64_t unit = e.unit, r = first_row + e.n;
+    A x[gates], rh[gates], saved[Cell::saved + 1];
+    sums(rh);
+#pragma unroll
+    for (int g = 0; g < gates; ++g) {
+      x[g] = widen(wx[e.i][g]) + value(d.b_ih, g * p.H + unit);
+      rh[g] += value(d.b_hh, g * p.H + unit);
+    }
+    State<A> prev{};
+    if constexpr (Cell::reads_h) prev.h = widen(h[e.i]);
+    if constexpr (Cell::has_c) prev.c = c[e.i];
+    const State<A> state = Cell::forward(x, rh, prev, saved);
+    if (d.gates) {
+#pragma unroll
+      for (int i = 0; i < Cell::saved; ++i) d.gates.at(r)[i * p.H + unit] = narrow<S>(saved[i]);
+    }
+    if constexpr (Cell::has_c) {
+      c[e.i] = state.c;
+      if (d.cells) d.cells.at(r)[unit] = state.c;
+      if (e.n >= next_batch) d.c_n[e.n * p.H + unit] = narrow<S>(state.c);
+    }
+    return h[e.i] = narrow<S>(state.h);
+  }
+
+  // The layer's outputs; unit is one of p.P.
+  FUSEDRNN_DEVICE void output(int64_t unit, int64_t n, S value) const {
+    d.y.at(first_row + n)[unit] = value;
+    if (n >= next_batch) d.h_n[n * p.P + unit] = value;
+  }
+};
+
+// The backward pass of a thread's elements. Rows come in at their last step, with dh_n and dc_n, and leave one step
+// before their first, with dh0 and dc0.
+template <class Cell, class S, class Place>
+struct BackwardCells {
+  using A = Accumulator<S>;
+  static constexpr int gates = Cell::gates;
+
+  const Backward<S>& p;
+  const BackwardDirection<S>& d;
+  const Place& at;
+  int64_t s, first_row, batch, next_batch, rows;  // of the step that was fetched; those that it concerns
+  struct {
+    S saved[Cell::saved + 1], h, h_prev, dy;
+    A c, c_prev, dcells;
+  } of[Place::count];
+  A dc[Place::count], dh_direct[Place::count];
+
+  // `last` is the launch's last step, its first one here.
+  FUSEDRNN_DEVICE BackwardCells(const Backward<S>& p, const BackwardDirection<S>& d, const Place& at, int64_t last)
+      : p(p), d(d), at(at) {
+    at.each(p.H, d.steps.N, [&](const Element& e) {
+      if constexpr (Cell::carries_h) dh_direct[e.i] = d.dh_direct[e.n * p.H + e.unit];
+      if constexpr (Cell::has_c) dc[e.i] = d.dc[e.n * p.H + e.unit];
+    });
+    fetch(last);
+  }
+  // For the next launch.
+  FUSEDRNN_DEVICE void store() const {
+    at.each(p.H, d.steps.N, [&](const Element& e) {
+      if constexpr (Cell::carries_h) d.dh_direct[e.n * p.H + e.unit] = dh_direct[e.i];
+      if constexpr (Cell::has_c) d.dc[e.n * p.H + e.unit] = dc[e.i];
+    });
+  }
+
+  // Loads what a step needs beside the next one's drh: to be called before that is waited for.
+  FUSEDRNN_DEVICE void fetch(int64_t step) {
+    s = step, batch = d.steps.batch(s), next_batch = d.steps.batch(s + 1);
+    rows = batch > next_batch ? batch : next_batch;
+    first_row = batch ? d.steps.first_row(s) : 0;
+    const int64_t known = d.steps.batch(s - 1), row_before = known ? d.steps.first_row(s - 1) : 0;
+    at.each(p.P, batch, [&](const Element& e) {
+      if (d.dy) of[e.i].dy = d.dy.at(first_row + e.n)[e.unit];
+    });
+    at.each(p.H, batch, [&](const Element& e) {
+      auto& to = of[e.i];
+      const int64_t r = first_row + e.n, r_prev = row_before + e.n;
+      const bool starts = e.n >= known;
+#pragma unroll
+      for (int i = 0; i < Cell::saved; ++i) to.saved[i] = d.gates.at(r)[i * p.H + e.unit];
+      if constexpr (Cell::reads_h) {
+        to.h = d.y.at(r)[e.unit];
+        to.h_prev = starts ? (d.h0 ? d.h0[e.n * p.P + e.unit] : S{}) : d.y.at(r_prev)[e.unit];
+      }
+      if constexpr (Cell::has_c) {
+        to.c = d.cells.at(r)[e.unit];
+        to.c_prev = starts ? value(d.c0, e.n * p.H + e.unit) : d.cells.at(r_prev)[e.unit];
+        to.dcells = d.dcells ? d.dcells.at(r)[e.unit] : A(0);
+      }
+    });
+  }
+
+  // dL/dh of an element's step, beside dy; `sum` is its drh W_hh, of the next step.
+  template <class Sum>
+  FUSEDRNN_DEVICE A dh(const Element& e, Sum sum) const {
+    if (e.n >= next_batch) return value(d.dh_n, e.n * p.P + e.unit);
+    if constexpr (Cell::carries_h) return sum() + dh_direct[e.i];
+    return sum();
+  }
+  FUSEDRNN_DEVICE A dy(const Element& e) const { return d.dy ? A(widen(of[e.i].dy)) : A(0); }
+
+  FUSEDRNN_DEVICE void initial_h(const Element& e, A dh) const {
+    if (d.dh0) d.dh0[e.n * p.P + e.unit] = narrow<S>(dh);
+  }
+  FUSEDRNN_DEVICE void initial_c(const Element& e) const {
+    if constexpr (Cell::has_c) {
+      if (d.dc0) d.dc0[e.n * p.H + e.unit] = narrow<S>(dc[e.i]);
+    }
+  }
+
+  // The cell's derivative: an element's gradients from dL/dh (before the projection). Calls emit(gate, drh).
+  template <class Emit>
+  FUSEDRNN_DEVICE void step(const Element& e, A dh, Emit emit) {
+    const auto& from = of[e.i];
+    const int64_t r = first_row + e.n;
+    A saved[Cell::saved + 1], dwx[gates], drh[gates];
+#pragma unroll
+    for (int i = 0; i < Cell::saved; ++i) saved[i] = widen(from.saved[i]);
+    State<A> prev{}, now{}, upstream{dh, A(0)};
+    if constexpr (Cell::reads_h) prev.h = widen(from.h_prev), now.h = widen(from.h);
+    if constexpr (Cell::has_c) {
+      prev.c = from.c_prev, now.c = from.c;
+      upstream.c = (e.n < next_batch ? dc[e.i] : value(d.dc_n, e.n * p.H + e.unit)) + from.dcells;
+    }
+    const State<A> dprev = Cell::backward(saved, prev, now, upstream, dwx, drh);
+#pragma unroll
+    for (int g = 0; g < gates; ++g) {
+      const S rounded = narrow<S>(drh[g]);
+      d.drh.at(r)[g * p.H + e.unit] = rounded;
+      if (d.dwx) d.dwx.at(r)[g * p.H + e.unit] = narrow<S>(dwx[g]);
+      emit(g, rounded);
+    }
+    if constexpr (Cell::carries_h) dh_direct[e.i] = dprev.h;
+    if constexpr (Cell::has_c) dc[e.i] = dprev.c;
+  }
+};
+
+}  // namespace fusedrnn::cuda
