@@ -20,7 +20,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def main() -> None:
-    for plan in ("grid", "loop", "stepwise"):
+    for plan in ("cluster", "grid", "loop", "stepwise"):
         for (layer, options), dtype in itertools.product(LAYERS, DTYPES):
             with fusedrnn.use_plan(plan):
                 module = layer(9, 37, **options, device="cuda", dtype=dtype)

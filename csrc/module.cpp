@@ -63,15 +63,17 @@ py::dict cpu_plan(const std::string& cell, const std::string& dtype, int64_t T, 
 }
 
 // The names are those of csrc/cuda/plan.h.
-py::dict cuda_plan(int64_t T, int64_t N, int64_t H, int64_t P, int directions, int gates, int64_t K, int64_t element,
-                   bool tensor_cores, bool projected, int64_t processors, int64_t shared_bytes) {
+py::dict cuda_plan(int64_t T, int64_t N, int64_t H, int64_t P, int directions, int gates, bool backward,
+                   int64_t element, bool tensor_cores, bool projected, int processors, int64_t shared_bytes,
+                   int cluster_blocks) {
   using namespace fusedrnn::cuda;
-  const Plan plan = make_plan({T, N, H, P, directions, gates, K, element, tensor_cores, projected},
-                              {processors, shared_bytes}, forced_plan());
+  const Plan plan = make_plan({T, N, H, P, directions, gates, backward, element, tensor_cores, projected},
+                              {processors, shared_bytes, cluster_blocks}, forced_plan());
   py::dict d;
   d["name"] = plan.name;
   d["reason"] = plan.reason;
-  d["columns"] = tile_shapes[plan.shape].columns();
+  d["columns"] = plan.columns();
+  d["units"] = plan.units();
   d["blocks"] = py::make_tuple(plan.blocks_x, plan.blocks_y, directions);
   d["shared_bytes"] = plan.shared_bytes();
   return d;
@@ -87,8 +89,8 @@ PYBIND11_MODULE(_C, m) {
         py::arg("I"), py::arg("H"), py::arg("P"), py::arg("directions"), py::arg("projected"),
         "How a padded layer would run on the CPU.");
   m.def("cuda_plan", &cuda_plan, py::kw_only(), py::arg("T"), py::arg("N"), py::arg("H"), py::arg("P"),
-        py::arg("directions"), py::arg("gates"), py::arg("K"), py::arg("element"), py::arg("tensor_cores"),
-        py::arg("projected"), py::arg("processors"), py::arg("shared_bytes"),
+        py::arg("directions"), py::arg("gates"), py::arg("backward"), py::arg("element"), py::arg("tensor_cores"),
+        py::arg("projected"), py::arg("processors"), py::arg("shared_bytes"), py::arg("cluster_blocks"),
         "How a layer's time loop would run on a GPU.");
   m.def("forced_cuda_plan", &fusedrnn::cuda::forced_plan, "The plan that ops on a GPU are made to use, or ''.");
   m.def("force_cuda_plan", &fusedrnn::cuda::force_plan, py::arg("name"), "Makes ops on a GPU use a plan; '': any.");

@@ -23,6 +23,7 @@ class CudaPlan(TypedDict):
     name: str
     reason: str
     columns: int
+    units: int
     blocks: tuple[int, int, int]
     shared_bytes: int
 
@@ -40,12 +41,13 @@ def cuda_plan(
     P: int,
     directions: int,
     gates: int,
-    K: int,
+    backward: bool,
     element: int,
     tensor_cores: bool,
     projected: bool,
     processors: int,
     shared_bytes: int,
+    cluster_blocks: int,
 ) -> CudaPlan: ...
 def forced_cuda_plan() -> str: ...
 def force_cuda_plan(name: str) -> None: ...

@@ -57,24 +57,26 @@ def _plan(weight: torch.Tensor, facts: dict[str, Any]) -> Mapping[str, object]:
     if weight.device.type != "cuda":
         return {}
     properties: Any = torch.cuda.get_device_properties(weight.device)
-    processors, shared_bytes = properties.multi_processor_count, properties.shared_memory_per_block_optin
-    return _cuda_plan(facts, ops.tf32(weight), processors, shared_bytes)
+    device = {
+        "processors": properties.multi_processor_count,
+        "shared_bytes": properties.shared_memory_per_block_optin,
+        "cluster_blocks": 16 if properties.major >= 9 else 0,
+    }
+    return _cuda_plan(facts, ops.tf32(weight), device)
 
 
-def _cuda_plan(facts: dict[str, Any], tf32: bool, processors: int, shared_bytes: int) -> dict[str, Any]:
+def _cuda_plan(facts: dict[str, Any], tf32: bool, device: dict[str, Any]) -> dict[str, Any]:
     element = getattr(torch, facts["dtype"]).itemsize
     gates = ops.GATES[facts["cell"]]
     tensor_cores = element == 2 or tf32
 
-    def plan(gates: int, k: int) -> _C.CudaPlan:
+    def plan(backward: bool) -> _C.CudaPlan:
         shape = {name: facts[name] for name in ("T", "N", "H", "P", "directions", "projected")}
-        return _C.cuda_plan(
-            **shape, gates=gates, K=k, element=element, tensor_cores=tensor_cores, processors=processors,
-            shared_bytes=shared_bytes,
-        )  # fmt: skip
+        shape |= {"gates": gates, "element": element, "tensor_cores": tensor_cores}
+        return _C.cuda_plan(**shape, **device, backward=backward)
 
     math = "tensor cores" + (" in TF32" if tf32 else "") if tensor_cores else "multiply-adds"
-    return {"math": math, "forward": plan(gates, facts["P"]), "backward": plan(1, gates * facts["H"])}
+    return {"math": math, "forward": plan(backward=False), "backward": plan(backward=True)}
 
 
 def _words(facts: dict[str, Any]) -> list[str]:
@@ -88,7 +90,8 @@ def _words(facts: dict[str, Any]) -> list[str]:
 def _cuda_words(facts: dict[str, Any]) -> list[tuple[str, str]]:
     def words(plan: _C.CudaPlan) -> str:
         x, y, z = plan["blocks"]
-        return f"{plan['name']}, as {plan['reason']}; {x} x {y} x {z} blocks for 16 units, {plan['columns']} rows each"
+        blocks = f"{x} x {y} x {z} blocks for {plan['units']} units, {plan['columns']} rows each"
+        return f"{plan['name']}, as {plan['reason']}; {blocks}"
 
     return [("math", facts["math"]), ("forward", words(facts["forward"])), ("backward", words(facts["backward"]))]
 

@@ -1,7 +1,8 @@
 """How the time loop runs on a GPU.
 
-``grid``: one launch for all steps, the recurrent weights stay in shared memory; ``loop``: one launch, the weights come
-from the L2 cache at each step; ``stepwise``: a launch a step, for what is too large for one.
+``cluster``: one launch for all steps, the blocks of a cluster have all recurrent weights of a direction and send each
+other h; ``grid``: one launch, the weights stay on the whole chip; ``loop``: one launch, they come from the L2 cache at
+each step; ``stepwise``: a launch a step, for what is too large for one.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from . import _C
 def use_plan(name: str) -> Iterator[None]:
     """Makes every layer on a GPU run by this plan, or by the next slower one that its shape allows, in this process.
 
-    Results are the same to the last bit. Raises ValueError for a name that is none of ``grid``, ``loop``, ``stepwise``.
+    Results are the same to the last bit, with ``cluster`` to rounding. Raises ValueError for a name that is none of
+    ``cluster``, ``grid``, ``loop``, ``stepwise``.
     """
     before = _C.forced_cuda_plan()
     _C.force_cuda_plan(name)

@@ -79,7 +79,7 @@ def pytest_configure(config):
 
 
 # How the CUDA kernels run, fastest first; each stands for itself and the slower ones where a shape is too large for it.
-CUDA_PLANS = ("grid", "loop", "stepwise")
+CUDA_PLANS = ("cluster", "grid", "loop", "stepwise")
 
 
 def on_cuda_kernels(config) -> bool:

@@ -105,16 +105,19 @@ def test_build_info():
     assert "default" in info["cpu_capabilities"]
 
 
+H200 = {"processors": 132, "shared_bytes": 227 * 1024, "cluster_blocks": 16}
+
+
 def test_explain_a_gpu():
     facts = {"T": 100, "N": 16, "I": 512, "H": 512, "P": 512, "directions": 1, "projected": False}
     facts |= {"layer": 0, "device": "cuda:0", "cell": "lstm", "dtype": "bfloat16"}
-    facts |= explanation._cuda_plan(facts, tf32=False, processors=132, shared_bytes=227 * 1024)
+    facts |= explanation._cuda_plan(facts, tf32=False, device=H200)
     assert explanation._words(facts) == [
         "layer 0: lstm, bfloat16, T 100, N 16, I 512, H 512, on cuda:0",
         "  math:     tensor cores",
-        "  forward:  grid, as the weights fit on the chip; 32 x 2 x 1 blocks for 16 units, 8 rows each",
-        "  backward: grid, as the weights fit on the chip; 32 x 2 x 1 blocks for 16 units, 8 rows each",
+        "  forward:  cluster, as the weights fit in a cluster; 16 x 2 x 1 blocks for 32 units, 8 rows each",
+        "  backward: cluster, as the weights fit in a cluster; 16 x 2 x 1 blocks for 32 units, 8 rows each",
     ]
     facts["dtype"] = "float32"
-    slow = explanation._cuda_plan(facts, tf32=False, processors=16, shared_bytes=99 * 1024)
+    slow = explanation._cuda_plan(facts, tf32=False, device={**H200, "processors": 16, "cluster_blocks": 0})
     assert slow["math"] == "multiply-adds" and slow["forward"]["name"] == "stepwise"

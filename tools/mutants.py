@@ -25,6 +25,11 @@ KEEP = """Step::keep_weights(p, d, at);
   typename Step::Cells cells(p, d, at, p.range.first);"""
 SUMS = "cells.batch - 1)); }}, d.w_hh.row);\n    {}"
 MEET = "cells.fetch({});\n      {}"
+CLUSTER_SUMS = "{}\n      at.each(p.H, cells.batch,"
+CLUSTER_SEND = "// no next step\n      {}"
+CLUSTER_DRH = "// no step before\n      {}"
+CLUSTER_WAIT = "{}\n      float c[gates][4]"
+CLUSTER_START = "cells(p, d, at, 0);\n    {}"
 
 
 def swap(text: str, old: str, new: str) -> tuple[str, str]:
@@ -44,6 +49,21 @@ MUTANTS = [
         "stepwise.cuh",
         *swap("next_row = d.steps.first_row(cells.s{});", " + 1", ""),
     ),
+    ("cluster: no barrier before the sums are read", "cluster.cuh", *swap(CLUSTER_SUMS, "sync_block();", "")),
+    ("cluster: no barrier before h is sent", "cluster.cuh", *swap(CLUSTER_SEND, "sync_block();", "")),
+    ("cluster: no barrier before drh is read", "cluster.cuh", *swap(CLUSTER_DRH, "sync_block();", "")),
+    ("cluster: forward doesn't wait", "cluster.cuh", *swap(CLUSTER_WAIT, "inbox.receive();", "")),
+    ("cluster: backward doesn't wait", "cluster.cuh", "if (at.row < cells.next_batch) inbox.receive();", ""),
+    ("cluster: waits for the message before", "cluster.cuh", "(messages_ - 1) / 2", "(messages_ + 1) / 2"),
+    ("cluster: starts before the mailboxes are open", "cluster.cuh", *swap(CLUSTER_START, "sync_cluster();", "")),
+    (
+        "cluster: h goes to the buffer that is being read",
+        "cluster.cuh",
+        *swap("slot = h + {} * inbox", "inbox.buffer()", "(1 - inbox.buffer())"),
+    ),
+    ("cluster: drh has one buffer", "cluster.cuh", "outbox + (s & 1) * outbox_vectors", "outbox"),
+    ("cluster: expects too few bytes", "cluster.cuh", "mine * pairs * shape.blocks", "mine * pairs"),
+    ("cluster: parts of dh go to the wrong place", "cluster.cuh", "(rank * own + unit", "(to * own + unit"),
     ("weights used before they are kept", "stepwise.cuh", *swap(KEEP, "sync_block();", "")),
     ("large products ignore TF32", "layer_cuda.cu", "if (left && right &&", "if (false && left && right &&"),
     ("a transposed factor isn't turned", "layer_cuda.cu", "int(pitch), turned != 0}", "int(pitch), false}"),

@@ -7,6 +7,8 @@
 #include <cstring>
 #include <type_traits>
 
+#include "plan.h"
+
 namespace fusedrnn::cuda {
 
 struct bf16 {
@@ -27,18 +29,13 @@ struct Grid {
   int64_t blocks() const { return int64_t(x) * y * z; }
 };
 
-// What plan.h needs to know of a device.
-struct Device {
-  int processors;        // streaming multiprocessors
-  int64_t shared_bytes;  // shared memory that one block can have
-};
-
 // How a kernel is launched: one block of `threads` threads for each index of the grid.
 struct Launch {
   Grid grid;
   int threads;
   size_t shared_bytes = 0;
   bool cooperative = false;  // all blocks run at the same time, or the launch fails
+  int cluster = 0;           // so many blocks along x are a cluster: they run at the same time
 };
 
 // 16 bytes, what one thread loads at a time.
@@ -116,6 +113,68 @@ FUSEDRNN_DEVICE void wait_for(const uint32_t* counter, uint32_t target) {
   } while (int32_t(value - target) < 0);
 }
 
+// ---- the blocks of a cluster: all those along the grid's x ---------------------------------------------------------
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+constexpr bool has_clusters = true;
+#else
+constexpr bool has_clusters = false;  // kernels that need them are empty, and never launched
+#endif
+
+// All threads of the cluster meet; what any of them wrote before is seen by all.
+FUSEDRNN_DEVICE void sync_cluster() {
+  asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" ::: "memory");
+}
+
+// In a block's shared memory: counts the bytes that other blocks send into it. A message is there when as many have
+// come as are expected; messages have numbers, from 0.
+struct alignas(8) Mailbox {
+  uint64_t state;
+};
+FUSEDRNN_DEVICE uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
+// The same place in another block's shared memory.
+FUSEDRNN_DEVICE uint32_t shared_address(const void* p, int block) {
+  uint32_t address;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(p)), "r"(block));
+  return address;
+}
+
+// By one thread, before the cluster meets.
+FUSEDRNN_DEVICE void open(Mailbox* mailbox) {
+  asm volatile(
+      "mbarrier.init.shared::cta.b64 [%0], 1;\n\tfence.mbarrier_init.release.cluster;" ::"r"(shared_address(mailbox))
+      : "memory");
+}
+// By one thread, once for each message.
+FUSEDRNN_DEVICE void expect(Mailbox* mailbox, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(mailbox)), "r"(bytes)
+               : "memory");
+}
+FUSEDRNN_DEVICE void wait_for(const Mailbox* mailbox, uint32_t message) {
+  asm volatile(
+      "{\n\t.reg .pred there;\n"
+      "again:\n\tmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 there, [%0], %1;\n\t@!there bra "
+      "again;\n\t}" ::"r"(shared_address(mailbox)),
+      "r"(message % 2)
+      : "memory");
+}
+
+// Writes to the same place `to` in another block of the cluster, whose mailbox counts it.
+FUSEDRNN_DEVICE void send(const Vector& v, Vector* to, const Mailbox* mailbox, int block) {
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
+                   shared_address(to, block)),
+               "r"(v.word[0]), "r"(v.word[1]), "r"(v.word[2]), "r"(v.word[3]), "r"(shared_address(mailbox, block))
+               : "memory");
+}
+FUSEDRNN_DEVICE void send(float a, float b, float* to, const Mailbox* mailbox, int block) {
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(
+                   shared_address(to, block)),
+               "f"(a), "f"(b), "r"(shared_address(mailbox, block))
+               : "memory");
+}
+
+// ---- numbers and products ------------------------------------------------------------------------------------------
+
 FUSEDRNN_DEVICE float widen(bf16 s) { return __uint_as_float(uint32_t(s.bits) << 16); }
 FUSEDRNN_DEVICE float widen(half s) { return __half2float(__ushort_as_half(s.bits)); }
 FUSEDRNN_DEVICE float widen(float s) { return s; }
@@ -185,44 +244,71 @@ class OnDevice {
 
 // The current device.
 inline Device device_facts() {
-  int device = 0, processors = 0, shared = 0;
+  int device = 0, processors = 0, shared = 0, major = 0;
   check(cudaGetDevice(&device), "cudaGetDevice");
   check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
   check(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "cudaDeviceGetAttribute");
-  return {processors, shared};
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
+  return {processors, shared, major >= 9 ? 16 : 0};
 }
 
+// Lets a kernel have what a launch wants of it.
 template <class Params>
-void allow_shared(void (*kernel)(Params), size_t bytes) {
-  if (bytes > 48 * 1024) {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)),
+void allow(void (*kernel)(Params), const Launch& l) {
+  if (l.shared_bytes > 48 * 1024) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(l.shared_bytes)),
           "cudaFuncSetAttribute");
   }
+  if (l.cluster > 8) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "cudaFuncSetAttribute");
+  }
+}
+
+inline cudaLaunchConfig_t configuration(const Launch& l, Stream stream, cudaLaunchAttribute& attribute) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(l.grid.x, l.grid.y, l.grid.z);
+  config.blockDim = dim3(unsigned(l.threads));
+  config.dynamicSmemBytes = l.shared_bytes;
+  config.stream = stream;
+  if (l.cooperative) {
+    attribute.id = cudaLaunchAttributeCooperative;
+    attribute.val.cooperative = 1;
+  } else if (l.cluster) {
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {unsigned(l.cluster), 1, 1};
+  }
+  config.attrs = &attribute;
+  config.numAttrs = l.cooperative || l.cluster ? 1 : 0;
+  return config;
 }
 
 // Blocks that the whole device can run at the same time.
 template <class Params>
 int64_t resident_blocks(void (*kernel)(Params), const Launch& l) {
-  allow_shared(kernel, l.shared_bytes);
+  allow(kernel, l);
   int per_processor = 0;
   check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, kernel, l.threads, l.shared_bytes),
         "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
   return int64_t(per_processor) * device_facts().processors;
 }
 
+// Clusters that the whole device can run at the same time; 0 where they can't run.
+template <class Params>
+int64_t resident_clusters(void (*kernel)(Params), const Launch& l) {
+  allow(kernel, l);
+  cudaLaunchAttribute attribute{};
+  const cudaLaunchConfig_t config = configuration(l, nullptr, attribute);
+  int clusters = 0;
+  if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) == cudaSuccess) return clusters;
+  cudaGetLastError();  // forgotten: another plan is taken
+  return 0;
+}
+
 template <class Params>
 void launch(void (*kernel)(Params), const Launch& l, Stream stream, Params p) {
-  allow_shared(kernel, l.shared_bytes);
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(l.grid.x, l.grid.y, l.grid.z);
-  config.blockDim = dim3(unsigned(l.threads));
-  config.dynamicSmemBytes = l.shared_bytes;
-  config.stream = stream;
-  cudaLaunchAttribute cooperative{};
-  cooperative.id = cudaLaunchAttributeCooperative;
-  cooperative.val.cooperative = 1;
-  config.attrs = &cooperative;
-  config.numAttrs = l.cooperative ? 1 : 0;
+  allow(kernel, l);
+  cudaLaunchAttribute attribute{};
+  const cudaLaunchConfig_t config = configuration(l, stream, attribute);
   void* arguments[] = {&p};
   check(cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), arguments), "launch");
 }

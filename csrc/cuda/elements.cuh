@@ -50,7 +50,8 @@ struct ForwardCells {
   const Forward<S>& p;
   const ForwardDirection<S>& d;
   const Place& at;
-  int64_t s, first_row, batch, next_batch;  // of the step that was fetched
+  int64_t s, first_row;  // of the step that was fetched
+  int batch, next_batch;
   S wx[Place::count][gates] = {}, h[Place::count] = {};
   A c[Place::count] = {};
 
@@ -72,7 +73,7 @@ struct ForwardCells {
 
   // Loads what a step needs beside h: to be called before its h is waited for.
   FUSEDRNN_DEVICE void fetch(int64_t step) {
-    s = step, batch = d.steps.batch(s), next_batch = d.steps.batch(s + 1);
+    s = step, batch = int(d.steps.batch(s)), next_batch = int(d.steps.batch(s + 1));
     first_row = batch ? d.steps.first_row(s) : 0;
     at.each(p.H, batch, [&](const Element& e) {
 #pragma unroll

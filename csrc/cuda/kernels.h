@@ -2,19 +2,18 @@
 #pragma once
 
 #include "params.h"
-#include "plan.h"
 #include "tile.cuh"
 
 namespace fusedrnn::cuda {
 
 template <class Cell, class Math>
-void run_forward(const Forward<typename Math::Storage>& p, const Plan& plan, int directions, Stream stream);
+void run_forward(const Forward<typename Math::Storage>& p, const PlanRequest& request, Stream stream);
 template <class Cell, class Math>
-void run_backward(const Backward<typename Math::Storage>& p, const Plan& plan, int directions, Stream stream);
+void run_backward(const Backward<typename Math::Storage>& p, const PlanRequest& request, Stream stream);
 
-#define FUSEDRNN_INSTANTIATE_MATH(Cell, Math)                                                              \
-  template void run_forward<Cell, Math>(const Forward<typename Math::Storage>&, const Plan&, int, Stream); \
-  template void run_backward<Cell, Math>(const Backward<typename Math::Storage>&, const Plan&, int, Stream);
+#define FUSEDRNN_INSTANTIATE_MATH(Cell, Math)                                                                \
+  template void run_forward<Cell, Math>(const Forward<typename Math::Storage>&, const PlanRequest&, Stream); \
+  template void run_backward<Cell, Math>(const Backward<typename Math::Storage>&, const PlanRequest&, Stream);
 
 #define FUSEDRNN_INSTANTIATE(Cell)                    \
   FUSEDRNN_INSTANTIATE_MATH(Cell, TensorCores<bf16>)  \

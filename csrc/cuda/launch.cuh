@@ -1,19 +1,24 @@
 // From a plan to launches of the time loop.
 #pragma once
 
-#include <algorithm>
-
-#include "plan.h"
+#include "cluster.cuh"
 #include "stepwise.cuh"
 
 namespace fusedrnn::cuda {
 
-// Runs steps first .. last - 1 (backward from the last to the first): in one launch if the plan says so and all blocks
-// can run at the same time, else in a launch a step, or two with a projection.
+// The kernels of a pass; those of stepwise.cuh by Plan::shape.
 template <class Params>
-void run_steps(void (*kernel)(Params), Params p, const Plan& plan, int directions, int64_t first, int64_t last,
-               bool ascending, Stream stream) {
-  const Grid grid{unsigned(plan.blocks_x), unsigned(plan.blocks_y), unsigned(directions)};
+struct Kernels {
+  void (*cluster)(Params);
+  void (*tiled[4])(Params);
+};
+
+// Steps first .. last - 1 (backward from the last to the first): in one launch if the plan says so and all blocks can
+// run at the same time, else in a launch a step, or two with a projection.
+template <class Params>
+void run_tiled(void (*kernel)(Params), Params p, const Plan& plan, const PlanRequest& request, int64_t first,
+               int64_t last, Stream stream) {
+  const Grid grid{unsigned(plan.blocks_x), unsigned(plan.blocks_y), unsigned(request.directions)};
   Launch l{grid, block_size, size_t(plan.shared_bytes()), true};
   if (plan.one_launch() && resident_blocks(kernel, l) >= grid.blocks()) {
     p.range = {first, last, true, p.projected, plan.resident()};
@@ -22,7 +27,7 @@ void run_steps(void (*kernel)(Params), Params p, const Plan& plan, int direction
   }
   l.cooperative = false, l.shared_bytes = size_t(plan.sums_bytes);
   for (int64_t i = 0; i < last - first; ++i) {
-    const int64_t s = ascending ? first + i : last - 1 - i;
+    const int64_t s = request.backward ? last - 1 - i : first + i;
     p.range = {s, s + 1, true, false, false};
     launch(kernel, l, stream, p);
     if (!p.projected) continue;
@@ -31,21 +36,49 @@ void run_steps(void (*kernel)(Params), Params p, const Plan& plan, int direction
   }
 }
 
-template <class Cell, class Math>
-void run_forward(const Forward<typename Math::Storage>& p, const Plan& plan, int directions, Stream stream) {
-  using Params = Forward<typename Math::Storage>;
-  void (*const kernels[])(Params) = {forward_kernel<Cell, Math, 1, 1>, forward_kernel<Cell, Math, 2, 1>,
-                                     forward_kernel<Cell, Math, 4, 1>, forward_kernel<Cell, Math, 4, 2>};
-  run_steps(kernels[plan.shape], p, plan, directions, 0, p.direction[0].steps.T, true, stream);
+// All steps by clusters, if the device can run them: all at the same time, unless the plan is forced.
+template <class Params>
+bool run_clusters(void (*kernel)(Params), Params p, const Plan& plan, const PlanRequest& request, Stream stream) {
+  const Grid grid{unsigned(plan.blocks_x), unsigned(plan.blocks_y), unsigned(request.directions)};
+  const Launch l{grid, plan.cluster.warps() * warp_size, size_t(plan.shared_bytes()), false, plan.cluster.blocks};
+  const int64_t enough = forced_plan().empty() ? plan.blocks_y * request.directions : 1;
+  if (resident_clusters(kernel, l) < enough) return false;
+  p.cluster = plan.cluster;
+  launch(kernel, l, stream, p);
+  return true;
+}
+
+template <class Params>
+void run(const Kernels<Params>& kernels, const Params& p, const PlanRequest& request, int64_t first, int64_t last,
+         Stream stream) {
+  Device device = device_facts();
+  Plan plan = make_plan(request, device, forced_plan());
+  while (plan.is_cluster() && !run_clusters(kernels.cluster, p, plan, request, stream)) {
+    device.cluster_blocks = plan.cluster.blocks > 8 ? 8 : 0;  // what every device with clusters can run, else none
+    plan = make_plan(request, device, forced_plan());
+  }
+  if (!plan.is_cluster()) run_tiled(kernels.tiled[plan.shape], p, plan, request, first, last, stream);
 }
 
 template <class Cell, class Math>
-void run_backward(const Backward<typename Math::Storage>& p, const Plan& plan, int directions, Stream stream) {
-  using Params = Backward<typename Math::Storage>;
-  void (*const kernels[])(Params) = {backward_kernel<Cell, Math, 1, 1>, backward_kernel<Cell, Math, 2, 1>,
-                                     backward_kernel<Cell, Math, 4, 1>, backward_kernel<Cell, Math, 4, 2>};
+void run_forward(const Forward<typename Math::Storage>& p, const PlanRequest& request, Stream stream) {
+  Kernels<Forward<typename Math::Storage>> kernels{
+      nullptr,
+      {forward_kernel<Cell, Math, 1, 1>, forward_kernel<Cell, Math, 2, 1>, forward_kernel<Cell, Math, 4, 1>,
+       forward_kernel<Cell, Math, 4, 2>}};
+  if constexpr (Math::resident) kernels.cluster = forward_cluster<Cell, Math>;
+  run(kernels, p, request, 0, p.direction[0].steps.T, stream);
+}
+
+template <class Cell, class Math>
+void run_backward(const Backward<typename Math::Storage>& p, const PlanRequest& request, Stream stream) {
+  Kernels<Backward<typename Math::Storage>> kernels{
+      nullptr,
+      {backward_kernel<Cell, Math, 1, 1>, backward_kernel<Cell, Math, 2, 1>, backward_kernel<Cell, Math, 4, 1>,
+       backward_kernel<Cell, Math, 4, 2>}};
+  if constexpr (Math::resident) kernels.cluster = backward_cluster<Cell, Math>;
   const auto& d = p.direction[0];
-  run_steps(kernels[plan.shape], p, plan, directions, d.dh0 || d.dc0 ? -1 : 0, d.steps.T, false, stream);
+  run(kernels, p, request, d.dh0 || d.dc0 ? -1 : 0, d.steps.T, stream);
 }
 
 }  // namespace fusedrnn::cuda

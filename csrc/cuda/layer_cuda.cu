@@ -114,10 +114,10 @@ struct Call {
   Steps steps(int64_t d) const { return {l.T, l.N, l.packed ? data<const int64_t>(offsets) : nullptr, d == 1}; }
   uint32_t* arrivals_of(int64_t d) const { return data<uint32_t>(arrivals) + d * tiles() * counter_pitch; }
 
-  Plan plan(int gates, int64_t K, int64_t element, bool tensor_cores) const {
-    const Device facts = device_facts();
-    return make_plan({l.T, l.N, l.H, l.P, int(l.directions), gates, K, element, tensor_cores, l.projected},
-                     {facts.processors, facts.shared_bytes}, forced_plan());
+  template <class Math>
+  PlanRequest request(bool backward) const {
+    constexpr int64_t element = sizeof(typename Math::Storage);
+    return {l.T, l.N, l.H, l.P, int(l.directions), int(l.gates), backward, element, Math::resident, l.projected};
   }
 
   // Every direction's W of [D * rows] weights, as the tile reads it.
@@ -187,7 +187,7 @@ ForwardResult forward(const Layer& l, const Tensor& x, const MaybeTensor& h0_, c
                       .cells = {save && l.has_c ? data<A>(cells) + d * H : nullptr, D * H},
                       .arrivals = call.arrivals_of(d)};
   }
-  run_forward<Cell, Math>(p, call.plan(int(G), width, sizeof(S), Math::resident), int(D), call.device.stream());
+  run_forward<Cell, Math>(p, call.request<Math>(false), call.device.stream());
   return {y, h_n, c_n, gates, cells};
 }
 
@@ -229,6 +229,12 @@ BackwardResult backward(const Layer& l, const BackwardArguments& a, int64_t need
   const std::vector<Tensor> weights = dense(a.weights);
   const auto turned = [](const Tensor& t) { return stable::contiguous(transposed(t)); };
   const std::vector<Tensor> w_hhs = call.weights_of<S>(weights, 1, turned);
+  const auto gate_by_gate = [&](const Tensor& t) {
+    const Tensor wide = widened(stable::reshape(turned(t), {P * l.gates, H}), padded<S>(H));
+    return stable::reshape(wide, {P, l.gates * padded<S>(H)});
+  };
+  const bool aligned = padded<S>(H) == H || l.projected || !Math::resident;
+  const std::vector<Tensor> w_hh_gates = aligned ? w_hhs : call.weights_of<S>(weights, 1, gate_by_gate);
   const std::vector<Tensor> w_hrs = l.projected ? call.weights_of<S>(weights, each - 1, turned) : std::vector<Tensor>{};
 
   // Padding is zero, all else is written before it is read.
@@ -248,6 +254,7 @@ BackwardResult backward(const Layer& l, const BackwardArguments& a, int64_t need
   for (int64_t d = 0; d < D; ++d) {
     p.direction[d] = {.steps = call.steps(d),
                       .w_hh = rows_of<S>(w_hhs[d]),
+                      .w_hh_gates = rows_of<S>(w_hh_gates[d]),
                       .w_hr = l.projected ? rows_of<S>(w_hrs[d]) : Rows<const S>{},
                       .dy = {offset(data<const S>(dy), d * P), D * P},
                       .dh_n = offset(data<const S>(dh_n), d * N * P),
@@ -267,7 +274,7 @@ BackwardResult backward(const Layer& l, const BackwardArguments& a, int64_t need
                       .dc0 = l.has_c && (needs & need_dc0) ? data<S>(dc0) + d * N * H : nullptr,
                       .arrivals = call.arrivals_of(d)};
   }
-  run_backward<Cell, Math>(p, call.plan(1, width, sizeof(S), Math::resident), int(D), call.device.stream());
+  run_backward<Cell, Math>(p, call.request<Math>(true), call.device.stream());
 
   if (needs & need_dx) {
     const Tensor all = stable::reshape(dwx, {l.rows, D * width});

@@ -3,6 +3,7 @@
 // and the weights) are padded with zeros to a multiple of 16 bytes.
 #pragma once
 
+#include "cluster_shape.h"
 #include "device.cuh"
 
 namespace fusedrnn::cuda {
@@ -64,7 +65,8 @@ template <class S>
 struct Forward {
   int64_t H, P;
   bool projected;
-  Range range;
+  Range range;           // of a launch of stepwise.cuh
+  ClusterShape cluster;  // of a launch of cluster.cuh
   ForwardDirection<S> direction[2];
 };
 
@@ -72,6 +74,7 @@ template <class S>
 struct BackwardDirection {
   Steps steps;
   Rows<const S> w_hh;                 // [P, G * H], transposed
+  Rows<const S> w_hh_gates;           // the same, each gate's H padded
   Rows<const S> w_hr;                 // [H, P], transposed, if projected
   Rows<const S> dy;                   // [rows, P] or null
   const S* dh_n;                      // [N, P] or null
@@ -95,7 +98,8 @@ template <class S>
 struct Backward {
   int64_t H, P;
   bool projected;
-  Range range;  // last - 1 down to first; step -1 gives dh0 and dc0
+  Range range;           // last - 1 down to first; step -1 gives dh0 and dc0
+  ClusterShape cluster;  // of a launch of cluster.cuh
   BackwardDirection<S> direction[2];
 };
 

@@ -7,25 +7,84 @@ namespace fusedrnn::cuda {
 namespace {
 
 constexpr int block_warps = 8, block_units = 16;
-constexpr int64_t vector_bytes = 16;
+constexpr int64_t vector_bytes = 16, fragment_bytes = 1024;  // 16 rows of one block of k
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int64_t k_block(const PlanRequest& r) { return 4 * vector_bytes / r.element; }
 
 // Tile::sums_bytes and Tile::weights_bytes of tile.cuh.
 int64_t sums_bytes(const PlanRequest& r, TileShape shape) {
   const int64_t accumulator = std::max<int64_t>(r.element, 4);
-  return accumulator * (block_warps / shape.n_warps) * shape.columns() * (block_units * r.gates + 4);
+  return accumulator * (block_warps / shape.n_warps) * shape.columns() * (block_units * r.rows() + 4);
 }
-int64_t weights_bytes(const PlanRequest& r) {
-  const int64_t k_block = 4 * vector_bytes / r.element;
-  return ceil_div(r.K, k_block) * k_block * r.element * block_units * r.gates;
+int64_t weights_bytes(const PlanRequest& r) { return ceil_div(r.K(), k_block(r)) * fragment_bytes * r.rows(); }
+
+// The division among about so many blocks; shared_bytes is 0 where their threads are too few.
+ClusterShape cluster_shape(const PlanRequest& r, int64_t blocks) {
+  const int64_t groups_of_all = ceil_div(r.H, block_units);
+  ClusterShape c{};
+  c.groups = int(ceil_div(groups_of_all, blocks));
+  c.blocks = int(ceil_div(groups_of_all, c.groups));               // none without units
+  constexpr int group_warps = cluster_columns * block_units / 32;  // a thread for each unit and batch entry
+  if (c.groups * group_warps > cluster_warps) return c;
+  int64_t inbox, outbox, sums = 0;
+  if (r.backward) {
+    c.tiles = int(ceil_div(groups_of_all, cluster_warps));
+    if (c.tiles > backward_tiles) return c;
+    c.m_warps = std::max(int(ceil_div(groups_of_all, c.tiles)), c.groups * group_warps), c.k_warps = 1;
+    c.k_blocks = int(ceil_div(r.gates * c.groups * block_units, k_block(r)));
+    c.far_blocks = c.k_blocks - near_blocks(backward_tiles);
+    inbox = 2 * c.blocks * c.groups * block_units * partial_pitch * int64_t(sizeof(float));
+    outbox = 2 * c.k_blocks * (fragment_bytes / 2);
+  } else {
+    c.tiles = r.gates, c.m_warps = c.groups;
+    c.k_blocks = int(ceil_div(r.H, k_block(r)));
+    c.k_warps = std::clamp(c.k_blocks, group_warps, cluster_warps / c.groups);
+    c.far_blocks = int(ceil_div(c.k_blocks, c.k_warps)) - near_blocks(c.tiles);
+    inbox = 2 * c.k_blocks * (fragment_bytes / 2);
+    outbox = cluster_columns * c.groups * block_units * r.element;
+    sums = c.k_warps * cluster_columns * sums_pitch(c.groups, r.gates) * int64_t(sizeof(float));
+  }
+  c.far_blocks = std::max(c.far_blocks, 0);
+  c.inbox = vector_bytes, c.outbox = c.inbox + inbox, c.sums = c.outbox + outbox, c.far = c.sums + sums;
+  c.shared_bytes = c.far + c.warps() * c.far_blocks * c.tiles * fragment_bytes;
+  return c;
 }
 
-std::string forced_name;
+// The largest cluster such that all run at the same time. Without one the name stays empty and the reason says why;
+// then, if it is forced, clusters may also run one after another.
+Plan cluster_plan(const PlanRequest& r, const Device& device, bool forced) {
+  Plan plan{};
+  const int64_t clusters = ceil_div(r.N, cluster_columns) * r.directions;
+  ClusterShape fits{};
+  bool at_once = false;
+  for (const int blocks : {16, 8, 4, 2, 1}) {
+    if (blocks > device.cluster_blocks) continue;
+    const ClusterShape shape = cluster_shape(r, blocks);
+    if (shape.shared_bytes == 0 || shape.shared_bytes > device.shared_bytes) continue;
+    fits = shape, at_once = shape.blocks * clusters <= device.processors;
+    if (at_once) break;
+  }
+  if (device.cluster_blocks == 0)
+    plan.reason = "the device has no clusters";
+  else if (!r.tensor_cores)
+    plan.reason = "only tensor cores' weights stay on the chip";
+  else if (r.projected)
+    plan.reason = "a cluster has no projection";
+  else if (fits.blocks == 0)
+    plan.reason = "the weights are too large for a cluster";
+  else if (!at_once && !forced)
+    plan.reason = std::to_string(clusters) + " clusters of " + std::to_string(fits.blocks) +
+                  " blocks are too many to run at the same time";
+  else
+    plan.name = "cluster", plan.reason = forced ? "this plan was asked for" : "the weights fit in a cluster";
+  plan.cluster = fits, plan.blocks_x = fits.blocks, plan.blocks_y = ceil_div(r.N, cluster_columns);
+  return plan;
+}
 
-}  // namespace
-
-Plan make_plan(const PlanRequest& r, const PlanDevice& device, const std::string& forced) {
+// stepwise, loop or grid.
+Plan tiled_plan(const PlanRequest& r, const Device& device) {
   Plan plan{};
   plan.blocks_x = ceil_div(std::max(r.H, r.P), block_units);
   plan.weights_bytes = r.tensor_cores ? weights_bytes(r) : 0;
@@ -52,17 +111,31 @@ Plan make_plan(const PlanRequest& r, const PlanDevice& device, const std::string
                                       " bytes of shared memory, it has " + std::to_string(device.shared_bytes);
   else
     plan.name = "grid", plan.reason = "the weights fit on the chip";
+  return plan;
+}
 
-  if (forced == "stepwise" || (forced == "loop" && plan.name == "grid"))
+std::string forced_name;
+
+}  // namespace
+
+Plan make_plan(const PlanRequest& r, const Device& device, const std::string& forced) {
+  Plan plan = tiled_plan(r, device);
+  if (forced == "" || forced == "cluster") {
+    const Plan cluster = cluster_plan(r, device, forced == "cluster");
+    if (cluster.is_cluster()) return cluster;
+    if (cluster.reason != plan.reason) plan.reason = cluster.reason + "; " + plan.reason;
+  } else if (forced == "stepwise" || forced == plan.name || (forced == "loop" && plan.name == "grid")) {
     plan.name = forced, plan.reason = "this plan was asked for";
+  }
   return plan;
 }
 
 const std::string& forced_plan() { return forced_name; }
 
 void force_plan(const std::string& name) {
-  if (name != "" && name != "stepwise" && name != "loop" && name != "grid") {
-    throw std::invalid_argument("plan '" + name + "' is unknown: expected stepwise, loop, grid or '' (automatic)");
+  if (name != "" && name != "stepwise" && name != "loop" && name != "grid" && name != "cluster") {
+    throw std::invalid_argument("plan '" + name +
+                                "' is unknown: expected stepwise, loop, grid, cluster or '' (automatic)");
   }
   forced_name = name;
 }

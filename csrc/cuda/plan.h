@@ -6,21 +6,27 @@
 #include <string>
 #include <vector>
 
+#include "cluster_shape.h"
+
 namespace fusedrnn::cuda {
 
 struct PlanRequest {
   int64_t T, N, H, P;  // P: the size of h
-  int directions;
-  int gates;          // rows of W_hh per unit; 1 in backward
-  int64_t K;          // what the recurrent product sums over: P forward, G * H backward
+  int directions, gates;
+  bool backward;
   int64_t element;    // bytes of a weight
   bool tensor_cores;  // TF32, bf16, fp16
   bool projected;
+
+  // Of a block's recurrent product: rows of W_hh per unit, and what it sums over.
+  int rows() const { return backward ? 1 : gates; }
+  int64_t K() const { return backward ? gates * H : P; }
 };
 
-struct PlanDevice {
-  int64_t processors;    // streaming multiprocessors
-  int64_t shared_bytes;  // that one block can have
+struct Device {
+  int processors;        // streaming multiprocessors
+  int64_t shared_bytes;  // shared memory that one block can have
+  int cluster_blocks;    // of the largest cluster; 0 where there are none
 };
 
 // Tiles come in these sizes: rows of the batch, and how a block's 8 warps divide it.
@@ -32,21 +38,28 @@ constexpr TileShape tile_shapes[] = {{1, 1}, {2, 1}, {4, 1}, {4, 2}};
 
 struct Plan {
   // stepwise: a launch a step. loop: one launch for all steps, whose blocks wait for each other between steps.
-  // grid: that, and the recurrent weights stay in shared memory.
+  // grid: that, and the recurrent weights stay in shared memory. cluster: one launch, the blocks of a cluster have all
+  // weights of a direction and exchange h among themselves.
   std::string name;
   std::string reason;  // why not a faster one
   int shape;           // index in tile_shapes
   int64_t blocks_x, blocks_y;
   int64_t sums_bytes, weights_bytes;  // shared memory of a block
+  ClusterShape cluster;               // if that is the plan
 
+  bool is_cluster() const { return name == "cluster"; }
   bool one_launch() const { return name != "stepwise"; }
   bool resident() const { return name == "grid"; }
-  int64_t shared_bytes() const { return sums_bytes + (resident() ? weights_bytes : 0); }
+  int units() const { return is_cluster() ? 16 * cluster.groups : 16; }  // of a block
+  int columns() const { return is_cluster() ? cluster_columns : tile_shapes[shape].columns(); }
+  int64_t shared_bytes() const {
+    return is_cluster() ? cluster.shared_bytes : sums_bytes + (resident() ? weights_bytes : 0);
+  }
 };
 
 // `forced` is a plan's name, or empty: the fastest that the shape allows. A forced plan that it doesn't allow falls
 // back to the next, and `reason` says why.
-__attribute__((visibility("default"))) Plan make_plan(const PlanRequest& request, const PlanDevice& device,
+__attribute__((visibility("default"))) Plan make_plan(const PlanRequest& request, const Device& device,
                                                       const std::string& forced);
 
 // The plan that ops are made to use (empty: their own choice), of this process.

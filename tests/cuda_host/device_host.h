@@ -3,6 +3,7 @@
 // once, as a deadlock. All else is the kernels' own source.
 #pragma once
 
+#include <array>
 #include <cmath>
 #include <stdexcept>
 #include <string>
@@ -45,6 +46,52 @@ inline void signal(uint32_t* counter) {
 }
 inline void wait_for(const uint32_t* counter, uint32_t target) {
   while (int32_t(*static_cast<const volatile uint32_t*>(counter) - target) < 0) host::pass_waiting();
+}
+
+constexpr bool has_clusters = true;
+
+inline void sync_cluster() {
+  host::Together& cluster = *host::self().block->together;
+  host::meet(cluster.barrier, int(cluster.blocks.size()) * block_threads());
+}
+
+// What is sent comes at any later time.
+struct Mailbox {
+  int32_t missing;    // bytes
+  uint16_t expected;  // whether a message is
+  uint16_t complete;  // messages that are there
+};
+inline void open(Mailbox* mailbox) { *mailbox = {}; }
+inline void settle(Mailbox* mailbox) {
+  if (mailbox->expected && mailbox->missing == 0) mailbox->expected = 0, ++mailbox->complete;
+  host::progress();
+}
+inline void expect(Mailbox* mailbox, uint32_t bytes) {
+  if (mailbox->expected) host::fail("two messages are expected at once");
+  mailbox->expected = 1, mailbox->missing += int32_t(bytes);
+  settle(mailbox);
+}
+inline void wait_for(const Mailbox* mailbox, uint32_t message) {
+  while (static_cast<const volatile Mailbox*>(mailbox)->complete % 2 == message % 2) host::pass_waiting();
+}
+
+template <class T>
+void send_value(const T& value, void* to, const Mailbox* mailbox, int block) {
+  const unsigned char* mine = host::self().block->shared;
+  unsigned char* others = host::self().block->together->blocks.at(size_t(block)).shared;
+  auto* target = others + (static_cast<unsigned char*>(to) - mine);
+  auto* counter = reinterpret_cast<Mailbox*>(others + (reinterpret_cast<const unsigned char*>(mailbox) - mine));
+  if (reinterpret_cast<uintptr_t>(target) % sizeof(T)) host::fail("what is sent is not aligned");
+  host::post([value, target, counter] {
+    std::memcpy(target, &value, sizeof(value));
+    counter->missing -= int32_t(sizeof(value));
+    settle(counter);
+  });
+  host::pass();
+}
+inline void send(const Vector& v, Vector* to, const Mailbox* mailbox, int block) { send_value(v, to, mailbox, block); }
+inline void send(float a, float b, float* to, const Mailbox* mailbox, int block) {
+  send_value(std::array{a, b}, to, mailbox, block);
 }
 
 inline float bits_to_float(uint32_t bits) {
@@ -150,7 +197,7 @@ struct OnDevice {
 };
 
 // A small device, so that small tests meet every plan.
-inline Device device_facts() { return {host::processors(), 100 * 1024}; }
+inline Device device_facts() { return {host::processors(), 100 * 1024, 8}; }
 
 template <class Params>
 int64_t resident_blocks(void (*)(Params), const Launch&) {
@@ -158,10 +205,17 @@ int64_t resident_blocks(void (*)(Params), const Launch&) {
 }
 
 template <class Params>
+int64_t resident_clusters(void (*)(Params), const Launch& l) {
+  return host::processors() / l.cluster;
+}
+
+template <class Params>
 void launch(void (*kernel)(Params), const Launch& l, Stream, const Params& p) {
   if (l.shared_bytes > size_t(device_facts().shared_bytes)) throw std::runtime_error("too much shared memory");
   if (l.cooperative && l.grid.blocks() > host::processors()) throw std::runtime_error("too many cooperative blocks");
-  host::run({l.grid.x, l.grid.y, l.grid.z}, l.threads, l.shared_bytes, l.cooperative, [&] { kernel(p); });
+  if (l.cluster && l.grid.x % unsigned(l.cluster)) throw std::runtime_error("the grid is no number of clusters");
+  const size_t together = l.cooperative ? size_t(l.grid.blocks()) : size_t(std::max(l.cluster, 1));
+  host::run({l.grid.x, l.grid.y, l.grid.z}, l.threads, l.shared_bytes, together, [&] { kernel(p); });
 }
 
 inline bool multiply_tf32(float* out, int m, int n, int k, Factor a, Factor b) {

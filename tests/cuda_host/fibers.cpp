@@ -56,6 +56,7 @@ struct Scheduler {
   std::mt19937_64 random{1};
   std::vector<char*> stacks;
   std::vector<Fiber*> runnable;
+  std::vector<std::function<void()>> posted;
   Running* current = nullptr;
   void* main_stack_pointer = nullptr;
   void* main_fake_stack = nullptr;
@@ -116,13 +117,23 @@ void prepare(Running& fiber) {
   std::memset(fiber.stack_pointer, 0, 6 * sizeof(void*));
 }
 
-void run_blocks(std::vector<Block>& blocks, size_t shared_bytes) {
+// One of them, at random, taken out.
+template <class T>
+T take_any(std::vector<T>& all) {
+  std::swap(all[scheduler.random() % all.size()], all.back());
+  T taken = std::move(all.back());
+  all.pop_back();
+  return taken;
+}
+
+void run_together(Together& together, size_t shared_bytes) {
+  std::vector<Block>& blocks = together.blocks;
   std::vector<std::unique_ptr<unsigned char[]>> shared;
   std::vector<Running> fibers(blocks.size() * size_t(blocks[0].threads));
   size_t i = 0;
   for (Block& block : blocks) {
     shared.push_back(std::make_unique<unsigned char[]>(shared_bytes));
-    block.shared = shared.back().get();
+    block.shared = shared.back().get(), block.together = &together;
     std::memset(block.shared, 0xff, shared_bytes);  // NaN, until somebody writes
     block.warps.resize(size_t(block.threads + 31) / 32);
     for (int thread = 0; thread < block.threads; ++thread, ++i) {
@@ -133,12 +144,11 @@ void run_blocks(std::vector<Block>& blocks, size_t shared_bytes) {
   }
   scheduler.alive = fibers.size(), scheduler.waited = 0;
   while (scheduler.alive > 0) {
+    if (!scheduler.posted.empty() && scheduler.random() % 4 == 0) take_any(scheduler.posted)();
     if (scheduler.runnable.empty()) fail("deadlock: all threads wait at barriers that others never reach");
-    std::swap(scheduler.runnable[scheduler.random() % scheduler.runnable.size()], scheduler.runnable.back());
-    auto* next = static_cast<Running*>(scheduler.runnable.back());
-    scheduler.runnable.pop_back();
-    enter(next);
+    enter(static_cast<Running*>(take_any(scheduler.runnable)));
   }
+  if (!scheduler.posted.empty()) fail("a block has ended before all that was sent to it has come");
   for (Running& fiber : fibers) scheduler.stacks.push_back(fiber.stack);
 }
 
@@ -178,24 +188,22 @@ void pass_waiting() {
 
 void progress() { scheduler.waited = 0; }
 
-void run(Index3 grid, int threads, size_t shared_bytes, bool all_together, const std::function<void()>& kernel) {
+void post(std::function<void()> delivery) { scheduler.posted.push_back(std::move(delivery)); }
+
+void run(Index3 grid, int threads, size_t shared_bytes, size_t together, const std::function<void()>& kernel) {
   const std::lock_guard lock(scheduler.one_launch);
   scheduler.kernel = &kernel;
-  std::vector<Block> blocks;
+  std::vector<Together> sets;
   for (unsigned z = 0; z < grid.z; ++z) {
     for (unsigned y = 0; y < grid.y; ++y) {
-      for (unsigned x = 0; x < grid.x; ++x) blocks.push_back({{x, y, z}, grid, threads, nullptr, {}, {}});
+      for (unsigned x = 0; x < grid.x; ++x) {
+        if (sets.empty() || sets.back().blocks.size() == together) sets.emplace_back();
+        sets.back().blocks.push_back({{x, y, z}, grid, threads, nullptr, {}, {}, nullptr});
+      }
     }
   }
-  if (all_together) {
-    run_blocks(blocks, shared_bytes);
-    return;
-  }
-  std::shuffle(blocks.begin(), blocks.end(), scheduler.random);
-  for (Block& block : blocks) {
-    std::vector<Block> one{std::move(block)};
-    run_blocks(one, shared_bytes);
-  }
+  std::shuffle(sets.begin(), sets.end(), scheduler.random);
+  for (Together& set : sets) run_together(set, shared_bytes);
 }
 
 int processors() { return scheduler.processors; }

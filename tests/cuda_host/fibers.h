@@ -25,12 +25,21 @@ struct Warp {
   alignas(16) unsigned char operands[32 * 24];
 };
 
+struct Together;
+
 struct Block {
   Index3 index, grid;
   int threads;
   unsigned char* shared;
   FiberBarrier barrier;
   std::vector<Warp> warps;
+  Together* together;
+};
+
+// Blocks that run at the same time: a cluster, or the whole grid.
+struct Together {
+  std::vector<Block> blocks;
+  FiberBarrier barrier;
 };
 
 struct Fiber {
@@ -52,8 +61,11 @@ void pass();
 void pass_waiting();
 void progress();
 
-// Runs the kernel for every thread of the grid: all blocks together, or one after another in any order.
-void run(Index3 grid, int threads, size_t shared_bytes, bool all_together, const std::function<void()>& kernel);
+// Does something later, at any time.
+void post(std::function<void()> delivery);
+
+// Runs the kernel for every thread of the grid: so many neighbouring blocks together, the sets one after another.
+void run(Index3 grid, int threads, size_t shared_bytes, size_t together, const std::function<void()>& kernel);
 
 // Blocks that run at the same time.
 int processors();

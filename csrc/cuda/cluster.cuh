@@ -1,0 +1,286 @@
+// The whole time loop of 8 batch entries of a direction by a cluster of blocks, each of which has some units and keeps
+// their part of the recurrent weights on the chip: in registers, what is too much in shared memory. Between steps the
+// blocks write into each other's shared memory. Every block sends to every block in every step, and only when it has
+// read the message before. So two buffers by turns are enough: who sends message m + 2 has got message m + 1 from all,
+// and they had read message m. Every message is waited for, so none comes to a block that has ended.
+#pragma once
+
+#include "elements.cuh"
+#include "tile.cuh"
+
+namespace fusedrnn::cuda {
+
+constexpr int cluster_threads = cluster_warps * warp_size;
+using ClusterPlace = Place<cluster_columns, 1>;
+
+FUSEDRNN_DEVICE ClusterPlace cluster_place(int groups) {
+  const Grid block = block_index();
+  return {int(block.z), groups, int64_t(block.x) * groups * units, int64_t(block.y) * cluster_columns};
+}
+
+// Where the block's own message goes, and where it finds the others'.
+class Inbox {
+ public:
+  FUSEDRNN_DEVICE Inbox() : mailboxes_(reinterpret_cast<Mailbox*>(shared_memory())) {
+    if (thread_index() < 2) open(mailboxes_ + thread_index());
+  }
+  // Which of the two buffers.
+  FUSEDRNN_DEVICE int buffer() const { return int(messages_ % 2); }
+  FUSEDRNN_DEVICE const Mailbox* mailbox() const { return mailboxes_ + buffer(); }
+  // The next message, of so many bytes, goes to the other buffer.
+  FUSEDRNN_DEVICE void expect(int64_t bytes) {
+    ++messages_;
+    if (thread_index() == 0) cuda::expect(mailboxes_ + buffer(), uint32_t(bytes));
+  }
+  FUSEDRNN_DEVICE void receive() const {
+    if (messages_) wait_for(mailbox(), (messages_ - 1) / 2);
+  }
+
+ private:
+  Mailbox* mailboxes_;
+  uint32_t messages_ = 0;
+};
+
+// A warp's weights: `count` tiles of 16 rows, at most `tiles`, of some blocks of k.
+template <class Math, int tiles>
+class WarpWeights {
+ public:
+  static constexpr int near = near_blocks(tiles);
+
+  // lane_part(tile, half, i) is the lane's part of a row of the i-th block; `far` is the warp's shared memory.
+  template <class Part>
+  FUSEDRNN_DEVICE WarpWeights(Vector* far, int count, int blocks, Part lane_part)
+      : far_(far + thread_index() % warp_size), count_(count), blocks_(blocks) {
+#pragma unroll
+    for (int i = 0; i < near; ++i) {
+#pragma unroll
+      for (int m = 0; m < tiles; ++m) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+          near_[i][m][half] = i < blocks && m < count ? lane_part(m, half, i) : Vector{};
+      }
+    }
+#pragma unroll 1
+    for (int i = near; i < blocks; ++i) {
+      for (int m = 0; m < count; ++m) {
+        for (int half = 0; half < 2; ++half) *far_part(i, m, half) = lane_part(m, half, i);
+      }
+    }
+  }
+
+  // c += the product with b; lane_part(i) is the lane's part of the i-th block of b.
+  template <class Part>
+  FUSEDRNN_DEVICE void multiply(float (&c)[tiles][4], Part lane_part) const {
+#pragma unroll
+    for (int i = 0; i < near; ++i) {
+      if (i >= blocks_) continue;
+      const Vector b[1] = {lane_part(i)};
+#pragma unroll
+      for (int m = 0; m < tiles; ++m) {
+        if (m < count_) Math::multiply(c[m], near_[i][m], b);
+      }
+    }
+#pragma unroll 1
+    for (int i = near; i < blocks_; ++i) {
+      const Vector b[1] = {lane_part(i)};
+#pragma unroll
+      for (int m = 0; m < tiles; ++m) {
+        if (m >= count_) continue;
+        const Vector a[2] = {*far_part(i, m, 0), *far_part(i, m, 1)};
+        Math::multiply(c[m], a, b);
+      }
+    }
+  }
+
+ private:
+  FUSEDRNN_DEVICE Vector* far_part(int i, int m, int half) const {
+    return far_ + (((i - near) * count_ + m) * 2 + half) * warp_size;
+  }
+
+  Vector near_[near][tiles][2];
+  Vector* far_;
+  int count_, blocks_;
+};
+
+template <class T>
+FUSEDRNN_DEVICE T* shared_at(int64_t offset) {
+  return reinterpret_cast<T*>(shared_memory() + offset);
+}
+FUSEDRNN_DEVICE void clear(Vector* from, const Vector* to) {
+  for (from += thread_index(); from < to; from += block_threads()) *from = {};
+}
+FUSEDRNN_DEVICE int columns_of(int64_t rows_end, int64_t row) {
+  return rows_end - row < cluster_columns ? int(rows_end - row) : cluster_columns;
+}
+
+// A block has all k of its units' gates: it gets all of h and sends its units' h.
+template <class Cell, class Math>
+FUSEDRNN_KERNEL(cluster_threads)
+forward_cluster(const Forward<typename Math::Storage> p) {
+  if constexpr (has_clusters) {
+    using S = typename Math::Storage;
+    constexpr int gates = Cell::gates;
+    const ClusterShape& shape = p.cluster;
+    const ClusterPlace at = cluster_place(shape.groups);
+    const auto& d = p.direction[at.direction];
+    const int own = shape.groups * units, warp = thread_index() / warp_size, lane = thread_index() % warp_size;
+    const int m_warp = warp / shape.k_warps, k_warp = warp % shape.k_warps;
+    const int block_vectors = warp_size, inbox_vectors = shape.k_blocks * block_vectors;
+    Vector* const h = shared_at<Vector>(shape.inbox);  // [2, k_blocks, 32], as the lanes read it
+    S* const outbox = shared_at<S>(shape.outbox);      // [columns, own]
+    float* const sums = shared_at<float>(shape.sums);  // [k_warps, columns, gates, own], padded
+    const int pitch = sums_pitch(shape.groups, gates);
+
+    Inbox inbox;
+#pragma unroll 1
+    for (int i = thread_index(); i < inbox_vectors; i += block_threads()) {
+      const int64_t n = at.row + i % warp_size / 4, k = i / warp_size * Math::k + Math::k_of(i);
+      const bool exists = n < d.steps.N && k < d.h[0].row;
+      h[i] = h[inbox_vectors + i] = exists ? Math::prepare(load(d.h[0].at(n) + k)) : Vector{};
+    }
+    clear(reinterpret_cast<Vector*>(outbox), shared_at<Vector>(shape.sums));
+    const int blocks = (shape.k_blocks - k_warp + shape.k_warps - 1) / shape.k_warps;
+    const WarpWeights<Math, gates> weights(
+        shared_at<Vector>(shape.far) + warp * shape.far_blocks * gates * 2 * warp_size, gates, blocks,
+        [&](int g, int half, int i) {
+          const int64_t unit = at.unit + m_warp * units + half * 8 + lane / 4;
+          const int k = (k_warp + i * shape.k_warps) * Math::k + Math::k_of(lane);
+          if (unit >= p.H || k >= d.w_hh.row) return Vector{};
+          return Math::prepare(load(d.w_hh.at(g * p.H + unit) + k));
+        });
+    ForwardCells<Cell, S, ClusterPlace> cells(p, d, at, 0);
+    sync_cluster();
+
+    for (int64_t s = 0; s < d.steps.T; ++s) {
+      if (cells.s != s) cells.fetch(s);
+      if (at.row >= cells.batch) continue;  // all blocks of the cluster, or none
+      inbox.receive();
+      float c[gates][4] = {};
+      const Vector* h_prev = h + inbox.buffer() * inbox_vectors + lane;
+      weights.multiply(c, [&](int i) { return h_prev[(k_warp + i * shape.k_warps) * block_vectors]; });
+#pragma unroll
+      for (int g = 0; g < gates; ++g) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int column = 2 * (lane % 4) + i % 2, m = m_warp * units + lane / 4 + i / 2 * 8;
+          sums[(k_warp * cluster_columns + column) * pitch + g * own + m] = c[g][i];
+        }
+      }
+      sync_block();
+      at.each(p.H, cells.batch, [&](const Element& e) {
+        const S h = cells.step(e, [&](float (&rh)[gates]) {
+#pragma unroll
+          for (int g = 0; g < gates; ++g) rh[g] = 0;
+#pragma unroll 2
+          for (int w = 0; w < shape.k_warps; ++w) {
+#pragma unroll
+            for (int g = 0; g < gates; ++g) rh[g] += sums[(w * cluster_columns + e.column) * pitch + g * own + e.m];
+          }
+        });
+        cells.output(e.unit, e.n, h);
+        outbox[e.column * own + e.m] = h;
+      });
+      const int64_t rows = cells.batch < cells.next_batch ? cells.batch : cells.next_batch;
+      if (at.row >= rows) continue;  // no next step
+      sync_block();
+      const int columns = columns_of(rows, at.row);
+      inbox.expect((p.H + Math::vector - 1) / Math::vector * columns * int64_t(sizeof(Vector)));
+#pragma unroll 1
+      for (int to = warp; to < shape.blocks; to += shape.warps()) {
+#pragma unroll 1
+        for (int i = lane; i < own / Math::vector * cluster_columns; i += warp_size) {
+          const int column = i % cluster_columns, m = i / cluster_columns * Math::vector;
+          const int k = int(at.unit) + m;
+          if (column >= columns || k >= p.H) continue;
+          Vector* slot = h + inbox.buffer() * inbox_vectors + k / Math::k * block_vectors + column * 4 +
+                         k % Math::k / Math::vector;
+          send(Math::prepare(load(outbox + column * own + m)), slot, inbox.mailbox(), to);
+        }
+      }
+      cells.fetch(s + 1);
+    }
+  }
+}
+
+// A block has all rows of W_hh^T and, as k, its own units' gate gradients: it sends each block a part of that one's dh
+// and adds up the parts that it gets. For an LSTM these are half the bytes of everybody's gate gradients.
+template <class Cell, class Math>
+FUSEDRNN_KERNEL(cluster_threads)
+backward_cluster(const Backward<typename Math::Storage> p) {
+  if constexpr (has_clusters) {
+    using S = typename Math::Storage;
+    constexpr int gates = Cell::gates, tiles = backward_tiles;
+    const ClusterShape& shape = p.cluster;
+    const ClusterPlace at = cluster_place(shape.groups);
+    const auto& d = p.direction[at.direction];
+    const int own = shape.groups * units, warp = thread_index() / warp_size, lane = thread_index() % warp_size;
+    const int rank = int(block_index().x), groups_of_all = int((p.H + units - 1) / units);
+    const int inbox_floats = shape.blocks * own * partial_pitch, outbox_vectors = shape.k_blocks * warp_size;
+    float* const parts = shared_at<float>(shape.inbox);      // [2, blocks, own, columns], padded: of dh
+    Vector* const outbox = shared_at<Vector>(shape.outbox);  // [2, k_blocks, 32], as the lanes read it: drh
+
+    Inbox inbox;
+    clear(outbox, shared_at<Vector>(shape.sums));
+    const int64_t gate_width = d.w_hh_gates.row / gates;
+    // The warp's tiles of 16 rows are warp, warp + m_warps, ...
+    const int count = warp < groups_of_all ? (groups_of_all - warp + shape.m_warps - 1) / shape.m_warps : 0;
+    const WarpWeights<Math, tiles> weights(
+        shared_at<Vector>(shape.far) + warp * shape.far_blocks * shape.tiles * 2 * warp_size, count, shape.k_blocks,
+        [&](int m, int half, int i) {
+          const int64_t row = (warp + m * shape.m_warps) * units + half * 8 + lane / 4;
+          const int k = i * Math::k + Math::k_of(lane), g = k / own, unit = int(at.unit) + k % own;
+          if (row >= p.H || g >= gates || unit >= gate_width) return Vector{};
+          return Math::prepare(load(d.w_hh_gates.at(row) + g * gate_width + unit));
+        });
+    const int64_t first = d.dh0 || d.dc0 ? -1 : 0, last = d.steps.T - 1;
+    BackwardCells<Cell, S, ClusterPlace> cells(p, d, at, last);
+    sync_cluster();
+
+    for (int64_t s = last; s >= first; --s) {
+      if (cells.s != s) cells.fetch(s);
+      if (at.row >= cells.rows) continue;
+      if (at.row < cells.next_batch) inbox.receive();
+      const float* dh_parts = parts + inbox.buffer() * inbox_floats;
+      Vector* const drh = outbox + (s & 1) * outbox_vectors;  // a slow warp may still read the last step's
+      at.each(p.H, cells.rows, [&](const Element& e) {
+        const float dh = cells.dh(e, [&] {
+          float sum = 0;
+          for (int from = 0; from < shape.blocks; ++from)
+            sum += dh_parts[(from * own + e.m) * partial_pitch + e.column];
+          return sum;
+        });
+        if (e.n >= cells.batch) {
+          cells.initial_h(e, dh);
+          cells.initial_c(e);
+          return;
+        }
+        cells.step(e, dh + cells.dy(e), [&](int g, S gradient) {
+          const int k = g * own + e.m;
+          S* slot = reinterpret_cast<S*>(drh + k / Math::k * warp_size + e.column * 4 + k % Math::k / Math::vector);
+          slot[k % Math::vector] = gradient;
+        });
+      });
+      if (s == first || at.row >= cells.batch) continue;  // no step before
+      sync_block();
+      const int columns = columns_of(cells.batch, at.row), pairs = (columns + 1) / 2;
+      const int64_t mine = p.H - at.unit < own ? p.H - at.unit : own;
+      inbox.expect(mine * pairs * shape.blocks * int64_t(2 * sizeof(float)));
+      float c[tiles][4] = {};
+      weights.multiply(c, [&](int i) { return Math::prepare(drh[i * warp_size + lane]); });
+#pragma unroll
+      for (int m = 0; m < tiles; ++m) {
+        const int tile = warp + m * shape.m_warps, to = tile / shape.groups;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int unit = tile * units + half * 8 + lane / 4, column = 2 * (lane % 4);
+          if (m >= count || unit >= p.H || column >= columns) continue;
+          float* slot = parts + inbox.buffer() * inbox_floats + (rank * own + unit - to * own) * partial_pitch + column;
+          send(c[m][2 * half], c[m][2 * half + 1], slot, inbox.mailbox(), to);
+        }
+      }
+      cells.fetch(s - 1);
+    }
+  }
+}
+
+}  // namespace fusedrnn::cuda

@@ -1,0 +1,36 @@
+// How a cluster of blocks divides the recurrent product of 8 batch entries, and a block's shared memory. Forward, a
+// block has the rows of its own units and all of k; its warps divide both. Backward, it has all rows, of the k that
+// its own units' gate gradients are.
+#pragma once
+
+#include <cstdint>
+
+namespace fusedrnn::cuda {
+
+constexpr int cluster_columns = 8;  // batch entries of a cluster
+constexpr int cluster_warps = 12;   // of a block, at most: a thread has 168 registers
+
+// Tiles of 16 rows that a warp can have in backward; forward they are the gates. Of 12 tiles of one block of k, a warp
+// keeps the weights in registers.
+constexpr int backward_tiles = 4;
+constexpr int near_blocks(int tiles) { return 12 / tiles; }
+
+struct ClusterShape {
+  int blocks, groups;                // of the cluster; of 16 units, of a block
+  int m_warps, k_warps;              // a block's warps divide the product's rows, and k
+  int tiles;                         // of 16 rows, of a warp
+  int k_blocks;                      // of Math::k elements, of a block
+  int far_blocks;                    // those of a warp whose weights are in shared memory
+  int64_t inbox, outbox, sums, far;  // where they begin in shared memory, after two mailboxes
+  int64_t shared_bytes;
+
+  constexpr int warps() const { return m_warps * k_warps; }
+};
+
+// Floats of one unit in a backward inbox: no bank conflicts when 16 units of two batch entries are read.
+constexpr int partial_pitch = cluster_columns + 2;
+
+// Floats between the sums of neighbouring batch entries: no bank conflicts when lanes store them.
+constexpr int sums_pitch(int groups, int gates) { return 16 * groups * gates + 4; }
+
+}  // namespace fusedrnn::cuda
