@@ -50,14 +50,14 @@ def test_a_cluster_has_the_weights_where_they_fit():
 
 
 def test_weights_stay_on_the_chip_where_they_fit():
-    for N, H in ((1, 512), (4, 512), (16, 768), (64, 512), (128, 256), (16, 1024)):
+    for N, H in ((1, 512), (4, 512), (16, 768), (64, 512), (128, 256), (16, 1024), (128, 1024), (16, 2048)):
         for backward in (False, True):
             found = plan(N, H, NO_CLUSTERS, backward=backward)
             assert found["name"] == "grid", found
             blocks = found["blocks"]
             assert blocks[0] * 16 >= H and blocks[1] * found["columns"] >= N
             assert blocks[0] * blocks[1] * blocks[2] <= H200["processors"]
-            assert found["shared_bytes"] >= 4 * 16 * H * 2
+            assert found["shared_bytes"] <= H200["shared_bytes"]
 
 
 def test_slower_plans_say_why():
@@ -69,7 +69,7 @@ def test_slower_plans_say_why():
     assert found["name"] == "grid" and "the device has no clusters" in found["reason"]
     found = plan(16, 512, P=100)
     assert found["name"] == "grid" and "a cluster has no projection" in found["reason"]
-    found = plan(16, 2048)
+    found = plan(64, 2048)
     assert found["name"] == "loop" and "shared memory" in found["reason"]
     found = plan(16, 768, element=4, tensor_cores=False)
     assert found["name"] == "loop" and found["reason"] == "only tensor cores' weights stay on the chip"
@@ -109,9 +109,10 @@ def test_a_plan_can_be_forced():
 @pytest.mark.usefixtures("cuda_kernels")
 @pytest.mark.parametrize("name", VARIANTS)
 def test_tf32(name, device, capability):
-    large = [(2, 3, 4, 304)] if name == "gru" else []  # a cluster's weights are in shared memory, too
+    # Weights in shared memory beside those in registers: of a cluster, and of a grid with many rows.
+    large = {"gru": [(2, 3, 4, 304)], "lstm": [(2, 40, 4, 150)]}.get(name, [])
     for T, N, I, H in [(5, 3, 9, 7), (6, 20, 8, 40), *large]:
-        case = variant(name, T=T, N=N, I=I, H=H, directions=2)
+        case = variant(name, T=T, N=N, I=I, H=H, directions=2 if H < 100 else 1)
         inputs, gradients = make_inputs(case, device), make_gradients(case, device)
         outputs = layer_op(case.cell)(*inputs.arguments(), True, True)
         y, h_n, _, gates, cells = outputs

@@ -18,17 +18,13 @@ TESTS = [
     "test_plans_agree or test_tf32 or (test_ragged_shapes and bfloat16)",
 ]
 
-# The forward kernel's, not the backward one's.
-KEEP = """Step::keep_weights(p, d, at);
-    {}
-  }}
-  typename Step::Cells cells(p, d, at, p.range.first);"""
+KEEP = "a_row({} + lane() / 4), k_of(i)"
 SUMS = "cells.batch - 1)); }}, d.w_hh.row);\n    {}"
 MEET = "cells.fetch({});\n      {}"
 CLUSTER_SUMS = "{}\n      at.each(p.H, cells.batch,"
 CLUSTER_SEND = "// no next step\n      {}"
 CLUSTER_DRH = "// no step before\n      {}"
-CLUSTER_WAIT = "{}\n      float c[gates][4]"
+CLUSTER_WAIT = "{}\n      float c[gates][1][4]"
 CLUSTER_START = "cells(p, d, at, 0);\n    {}"
 
 
@@ -64,9 +60,9 @@ MUTANTS = [
     ("cluster: drh has one buffer", "cluster.cuh", "outbox + (s & 1) * outbox_vectors", "outbox"),
     ("cluster: expects too few bytes", "cluster.cuh", "mine * pairs * shape.blocks", "mine * pairs"),
     ("cluster: parts of dh go to the wrong place", "cluster.cuh", "(rank * own + unit", "(to * own + unit"),
-    ("weights used before they are kept", "stepwise.cuh", *swap(KEEP, "sync_block();", "")),
     ("large products ignore TF32", "layer_cuda.cu", "if (left && right &&", "if (false && left && right &&"),
     ("a transposed factor isn't turned", "layer_cuda.cu", "int(pitch), turned != 0}", "int(pitch), false}"),
+    ("the wrong rows of the weights are kept", "tile.cuh", *swap(KEEP, "16 * m + 8 * half", "16 * m")),
     ("rows that start late lose their h0", "layer_cuda.cu", "h0_ && i < 2", "h0_ && i < 1"),
 ]
 

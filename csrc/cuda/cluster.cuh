@@ -7,6 +7,7 @@
 
 #include "elements.cuh"
 #include "tile.cuh"
+#include "weights.cuh"
 
 namespace fusedrnn::cuda {
 
@@ -39,67 +40,6 @@ class Inbox {
  private:
   Mailbox* mailboxes_;
   uint32_t messages_ = 0;
-};
-
-// A warp's weights: `count` tiles of 16 rows, at most `tiles`, of some blocks of k.
-template <class Math, int tiles>
-class WarpWeights {
- public:
-  static constexpr int near = near_blocks(tiles);
-
-  // lane_part(tile, half, i) is the lane's part of a row of the i-th block; `far` is the warp's shared memory.
-  template <class Part>
-  FUSEDRNN_DEVICE WarpWeights(Vector* far, int count, int blocks, Part lane_part)
-      : far_(far + thread_index() % warp_size), count_(count), blocks_(blocks) {
-#pragma unroll
-    for (int i = 0; i < near; ++i) {
-#pragma unroll
-      for (int m = 0; m < tiles; ++m) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half)
-          near_[i][m][half] = i < blocks && m < count ? lane_part(m, half, i) : Vector{};
-      }
-    }
-#pragma unroll 1
-    for (int i = near; i < blocks; ++i) {
-      for (int m = 0; m < count; ++m) {
-        for (int half = 0; half < 2; ++half) *far_part(i, m, half) = lane_part(m, half, i);
-      }
-    }
-  }
-
-  // c += the product with b; lane_part(i) is the lane's part of the i-th block of b.
-  template <class Part>
-  FUSEDRNN_DEVICE void multiply(float (&c)[tiles][4], Part lane_part) const {
-#pragma unroll
-    for (int i = 0; i < near; ++i) {
-      if (i >= blocks_) continue;
-      const Vector b[1] = {lane_part(i)};
-#pragma unroll
-      for (int m = 0; m < tiles; ++m) {
-        if (m < count_) Math::multiply(c[m], near_[i][m], b);
-      }
-    }
-#pragma unroll 1
-    for (int i = near; i < blocks_; ++i) {
-      const Vector b[1] = {lane_part(i)};
-#pragma unroll
-      for (int m = 0; m < tiles; ++m) {
-        if (m >= count_) continue;
-        const Vector a[2] = {*far_part(i, m, 0), *far_part(i, m, 1)};
-        Math::multiply(c[m], a, b);
-      }
-    }
-  }
-
- private:
-  FUSEDRNN_DEVICE Vector* far_part(int i, int m, int half) const {
-    return far_ + (((i - near) * count_ + m) * 2 + half) * warp_size;
-  }
-
-  Vector near_[near][tiles][2];
-  Vector* far_;
-  int count_, blocks_;
 };
 
 template <class T>
@@ -140,8 +80,8 @@ forward_cluster(const Forward<typename Math::Storage> p) {
     }
     clear(reinterpret_cast<Vector*>(outbox), shared_at<Vector>(shape.sums));
     const int blocks = (shape.k_blocks - k_warp + shape.k_warps - 1) / shape.k_warps;
-    const WarpWeights<Math, gates> weights(
-        shared_at<Vector>(shape.far) + warp * shape.far_blocks * gates * 2 * warp_size, gates, blocks,
+    const WarpWeights<Math, gates, near_blocks(gates), 1> weights(
+        shared_at<Vector>(shape.far) + warp * shape.far_blocks * shape.tiles * 2 * warp_size, gates, blocks,
         [&](int g, int half, int i) {
           const int64_t unit = at.unit + m_warp * units + half * 8 + lane / 4;
           const int k = (k_warp + i * shape.k_warps) * Math::k + Math::k_of(lane);
@@ -155,15 +95,16 @@ forward_cluster(const Forward<typename Math::Storage> p) {
       if (cells.s != s) cells.fetch(s);
       if (at.row >= cells.batch) continue;  // all blocks of the cluster, or none
       inbox.receive();
-      float c[gates][4] = {};
+      float c[gates][1][4] = {};
       const Vector* h_prev = h + inbox.buffer() * inbox_vectors + lane;
-      weights.multiply(c, [&](int i) { return h_prev[(k_warp + i * shape.k_warps) * block_vectors]; });
+      weights.multiply(
+          c, [&](int i, Vector(&b)[1][1]) { b[0][0] = h_prev[(k_warp + i * shape.k_warps) * block_vectors]; });
 #pragma unroll
       for (int g = 0; g < gates; ++g) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const int column = 2 * (lane % 4) + i % 2, m = m_warp * units + lane / 4 + i / 2 * 8;
-          sums[(k_warp * cluster_columns + column) * pitch + g * own + m] = c[g][i];
+          sums[(k_warp * cluster_columns + column) * pitch + g * own + m] = c[g][0][i];
         }
       }
       sync_block();
@@ -224,7 +165,7 @@ backward_cluster(const Backward<typename Math::Storage> p) {
     const int64_t gate_width = d.w_hh_gates.row / gates;
     // The warp's tiles of 16 rows are warp, warp + m_warps, ...
     const int count = warp < groups_of_all ? (groups_of_all - warp + shape.m_warps - 1) / shape.m_warps : 0;
-    const WarpWeights<Math, tiles> weights(
+    const WarpWeights<Math, tiles, near_blocks(tiles), 1> weights(
         shared_at<Vector>(shape.far) + warp * shape.far_blocks * shape.tiles * 2 * warp_size, count, shape.k_blocks,
         [&](int m, int half, int i) {
           const int64_t row = (warp + m * shape.m_warps) * units + half * 8 + lane / 4;
@@ -265,8 +206,8 @@ backward_cluster(const Backward<typename Math::Storage> p) {
       const int columns = columns_of(cells.batch, at.row), pairs = (columns + 1) / 2;
       const int64_t mine = p.H - at.unit < own ? p.H - at.unit : own;
       inbox.expect(mine * pairs * shape.blocks * int64_t(2 * sizeof(float)));
-      float c[tiles][4] = {};
-      weights.multiply(c, [&](int i) { return Math::prepare(drh[i * warp_size + lane]); });
+      float c[tiles][1][4] = {};
+      weights.multiply(c, [&](int i, Vector(&b)[1][1]) { b[0][0] = Math::prepare(drh[i * warp_size + lane]); });
 #pragma unroll
       for (int m = 0; m < tiles; ++m) {
         const int tile = warp + m * shape.m_warps, to = tile / shape.groups;
@@ -275,7 +216,7 @@ backward_cluster(const Backward<typename Math::Storage> p) {
           const int unit = tile * units + half * 8 + lane / 4, column = 2 * (lane % 4);
           if (m >= count || unit >= p.H || column >= columns) continue;
           float* slot = parts + inbox.buffer() * inbox_floats + (rank * own + unit - to * own) * partial_pitch + column;
-          send(c[m][2 * half], c[m][2 * half + 1], slot, inbox.mailbox(), to);
+          send(c[m][0][2 * half], c[m][0][2 * half + 1], slot, inbox.mailbox(), to);
         }
       }
       cells.fetch(s - 1);

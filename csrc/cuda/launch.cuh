@@ -1,38 +1,42 @@
 // From a plan to launches of the time loop.
 #pragma once
 
+#include <array>
+
 #include "cluster.cuh"
 #include "stepwise.cuh"
 
 namespace fusedrnn::cuda {
 
-// The kernels of a pass; those of stepwise.cuh by Plan::shape.
+// The kernels of a pass; those of stepwise.cuh by Plan::shape, and whether the weights stay on the chip.
 template <class Params>
 struct Kernels {
-  void (*cluster)(Params);
-  void (*tiled[4])(Params);
+  using Kernel = void (*)(Params);
+  Kernel cluster;
+  std::array<Kernel, 4> resident, tiled;
 };
 
 // Steps first .. last - 1 (backward from the last to the first): in one launch if the plan says so and all blocks can
 // run at the same time, else in a launch a step, or two with a projection.
 template <class Params>
-void run_tiled(void (*kernel)(Params), Params p, const Plan& plan, const PlanRequest& request, int64_t first,
+void run_tiled(const Kernels<Params>& kernels, Params p, const Plan& plan, const PlanRequest& request, int64_t first,
                int64_t last, Stream stream) {
   const Grid grid{unsigned(plan.blocks_x), unsigned(plan.blocks_y), unsigned(request.directions)};
   Launch l{grid, block_size, size_t(plan.shared_bytes()), true};
-  if (plan.one_launch() && resident_blocks(kernel, l) >= grid.blocks()) {
-    p.range = {first, last, true, p.projected, plan.resident()};
-    launch(kernel, l, stream, p);
+  const auto all_steps = (plan.resident() ? kernels.resident : kernels.tiled)[plan.shape];
+  if (plan.one_launch() && resident_blocks(all_steps, l) >= grid.blocks()) {
+    p.range = {first, last, true, p.projected};
+    launch(all_steps, l, stream, p);
     return;
   }
   l.cooperative = false, l.shared_bytes = size_t(plan.sums_bytes);
   for (int64_t i = 0; i < last - first; ++i) {
     const int64_t s = request.backward ? last - 1 - i : first + i;
-    p.range = {s, s + 1, true, false, false};
-    launch(kernel, l, stream, p);
+    p.range = {s, s + 1, true, false};
+    launch(kernels.tiled[plan.shape], l, stream, p);
     if (!p.projected) continue;
-    p.range = {s, s + 1, false, true, false};
-    launch(kernel, l, stream, p);
+    p.range = {s, s + 1, false, true};
+    launch(kernels.tiled[plan.shape], l, stream, p);
   }
 }
 
@@ -57,26 +61,32 @@ void run(const Kernels<Params>& kernels, const Params& p, const PlanRequest& req
     device.cluster_blocks = plan.cluster.blocks > 8 ? 8 : 0;  // what every device with clusters can run, else none
     plan = make_plan(request, device, forced_plan());
   }
-  if (!plan.is_cluster()) run_tiled(kernels.tiled[plan.shape], p, plan, request, first, last, stream);
+  if (!plan.is_cluster()) run_tiled(kernels, p, plan, request, first, last, stream);
 }
 
 template <class Cell, class Math>
 void run_forward(const Forward<typename Math::Storage>& p, const PlanRequest& request, Stream stream) {
-  Kernels<Forward<typename Math::Storage>> kernels{
-      nullptr,
-      {forward_kernel<Cell, Math, 1, 1>, forward_kernel<Cell, Math, 2, 1>, forward_kernel<Cell, Math, 4, 1>,
-       forward_kernel<Cell, Math, 4, 2>}};
-  if constexpr (Math::resident) kernels.cluster = forward_cluster<Cell, Math>;
+  Kernels<Forward<typename Math::Storage>> kernels{};
+  kernels.tiled = {forward_kernel<Cell, Math, 1, 1, false>, forward_kernel<Cell, Math, 2, 1, false>,
+                   forward_kernel<Cell, Math, 4, 1, false>, forward_kernel<Cell, Math, 4, 2, false>};
+  if constexpr (Math::resident) {
+    kernels.cluster = forward_cluster<Cell, Math>;
+    kernels.resident = {forward_kernel<Cell, Math, 1, 1, true>, forward_kernel<Cell, Math, 2, 1, true>,
+                        forward_kernel<Cell, Math, 4, 1, true>, forward_kernel<Cell, Math, 4, 2, true>};
+  }
   run(kernels, p, request, 0, p.direction[0].steps.T, stream);
 }
 
 template <class Cell, class Math>
 void run_backward(const Backward<typename Math::Storage>& p, const PlanRequest& request, Stream stream) {
-  Kernels<Backward<typename Math::Storage>> kernels{
-      nullptr,
-      {backward_kernel<Cell, Math, 1, 1>, backward_kernel<Cell, Math, 2, 1>, backward_kernel<Cell, Math, 4, 1>,
-       backward_kernel<Cell, Math, 4, 2>}};
-  if constexpr (Math::resident) kernels.cluster = backward_cluster<Cell, Math>;
+  Kernels<Backward<typename Math::Storage>> kernels{};
+  kernels.tiled = {backward_kernel<Cell, Math, 1, 1, false>, backward_kernel<Cell, Math, 2, 1, false>,
+                   backward_kernel<Cell, Math, 4, 1, false>, backward_kernel<Cell, Math, 4, 2, false>};
+  if constexpr (Math::resident) {
+    kernels.cluster = backward_cluster<Cell, Math>;
+    kernels.resident = {backward_kernel<Cell, Math, 1, 1, true>, backward_kernel<Cell, Math, 2, 1, true>,
+                        backward_kernel<Cell, Math, 4, 1, true>, backward_kernel<Cell, Math, 4, 2, true>};
+  }
   const auto& d = p.direction[0];
   run(kernels, p, request, d.dh0 || d.dc0 ? -1 : 0, d.steps.T, stream);
 }

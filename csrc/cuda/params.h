@@ -39,7 +39,6 @@ struct Rows {
 struct Range {
   int64_t first, last;
   bool recurrence, projection;
-  bool resident;  // the recurrent weights stay in shared memory
 };
 
 template <class S>

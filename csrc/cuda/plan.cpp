@@ -13,12 +13,16 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 int64_t k_block(const PlanRequest& r) { return 4 * vector_bytes / r.element; }
 
-// Tile::sums_bytes and Tile::weights_bytes of tile.cuh.
+// A block's partial sums, and the weights that are not in its registers; tile.cuh has the same.
 int64_t sums_bytes(const PlanRequest& r, TileShape shape) {
   const int64_t accumulator = std::max<int64_t>(r.element, 4);
   return accumulator * (block_warps / shape.n_warps) * shape.columns() * (block_units * r.rows() + 4);
 }
-int64_t weights_bytes(const PlanRequest& r) { return ceil_div(r.K(), k_block(r)) * fragment_bytes * r.rows(); }
+int64_t weights_bytes(const PlanRequest& r, TileShape shape) {
+  const int64_t k_warps = block_warps / shape.n_warps;
+  const int64_t far_blocks = ceil_div(ceil_div(r.K(), k_block(r)), k_warps) - resident_tiles(shape.n_tiles) / r.rows();
+  return k_warps * std::max<int64_t>(far_blocks, 0) * r.rows() * fragment_bytes;
+}
 
 // The division among about so many blocks; shared_bytes is 0 where their threads are too few.
 ClusterShape cluster_shape(const PlanRequest& r, int64_t blocks) {
@@ -87,8 +91,6 @@ Plan cluster_plan(const PlanRequest& r, const Device& device, bool forced) {
 Plan tiled_plan(const PlanRequest& r, const Device& device) {
   Plan plan{};
   plan.blocks_x = ceil_div(std::max(r.H, r.P), block_units);
-  plan.weights_bytes = r.tensor_cores ? weights_bytes(r) : 0;
-
   // The smallest tile whose blocks all run at the same time, else the largest.
   int64_t blocks = 0;
   for (int i = 0; i < int(std::size(tile_shapes)); ++i) {
@@ -100,6 +102,7 @@ Plan tiled_plan(const PlanRequest& r, const Device& device) {
     if (blocks <= device.processors) break;
   }
 
+  plan.weights_bytes = weights_bytes(r, tile_shapes[plan.shape]);
   const int64_t shared = plan.sums_bytes + plan.weights_bytes;
   if (blocks > device.processors)
     plan.name = "stepwise", plan.reason = std::to_string(blocks) + " blocks are more than the device's " +

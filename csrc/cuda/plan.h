@@ -34,12 +34,14 @@ struct TileShape {
   int n_tiles, n_warps;  // n_tiles * 8 rows a warp, n_warps groups of warps
   int columns() const { return 8 * n_tiles * n_warps; }
 };
+// Where the weights stay on the chip: tiles of 16 rows and one block of k that a warp has in registers.
+constexpr int resident_tiles(int n_tiles) { return n_tiles <= 2 ? 12 : 4; }
 constexpr TileShape tile_shapes[] = {{1, 1}, {2, 1}, {4, 1}, {4, 2}};
 
 struct Plan {
   // stepwise: a launch a step. loop: one launch for all steps, whose blocks wait for each other between steps.
-  // grid: that, and the recurrent weights stay in shared memory. cluster: one launch, the blocks of a cluster have all
-  // weights of a direction and exchange h among themselves.
+  // grid: that, and the recurrent weights stay in registers and shared memory. cluster: one launch, the blocks of a
+  // cluster have all weights of a direction and exchange h among themselves.
   std::string name;
   std::string reason;  // why not a faster one
   int shape;           // index in tile_shapes

@@ -37,13 +37,13 @@ FUSEDRNN_DEVICE TilePlace<Tile> place() {
   return {int(block.z), 1, int64_t(block.x) * units, int64_t(block.y) * Tile::columns};
 }
 
-// The block's shared memory: the partial sums, then the weights that stay.
+// The block's shared memory: the partial sums, then the weights that stay and are too many for registers.
 template <class Tile>
 FUSEDRNN_DEVICE typename Tile::A* shared_sums() {
   return reinterpret_cast<typename Tile::A*>(shared_memory());
 }
 template <class Tile>
-FUSEDRNN_DEVICE Vector* shared_weights() {
+FUSEDRNN_DEVICE Vector* far_weights() {
   return reinterpret_cast<Vector*>(shared_memory() + Tile::sums_bytes);
 }
 
@@ -58,25 +58,25 @@ struct ForwardStep {
   using Place = TilePlace<Recurrence>;
   using Cells = ForwardCells<Cell, S, Place>;
 
-  // Row m of the tile's weights: unit m % 16 of gate m / 16.
-  FUSEDRNN_DEVICE static const S* w_hh_row(const Forward<S>& p, const ForwardDirection<S>& d, const Place& at, int m) {
-    return d.w_hh.at(m / units * p.H + smaller(at.unit + m % units, p.H - 1));
-  }
-
-  FUSEDRNN_DEVICE static void keep_weights(const Forward<S>& p, const ForwardDirection<S>& d, const Place& at) {
-    if (at.unit < p.H) {
-      Recurrence::keep(shared_weights<Recurrence>(), [&](int m) { return w_hh_row(p, d, at, m); }, d.w_hh.row);
+  // Rows of the tile's weights: row m is unit m % 16 of gate m / 16.
+  struct W_hh {
+    const Forward<S>& p;
+    const ForwardDirection<S>& d;
+    int64_t first_unit;
+    FUSEDRNN_DEVICE const S* operator()(int m) const {
+      return d.w_hh.at(m / units * p.H + smaller(first_unit + m % units, p.H - 1));
     }
-  }
+  };
 
+  // w_hh: such rows, or what the tile keeps of them.
+  template <class Weights>
   FUSEDRNN_DEVICE static void recurrence(const Forward<S>& p, const ForwardDirection<S>& d, const Place& at,
-                                         Cells& cells) {
+                                         Cells& cells, const Weights& w_hh) {
     if (at.unit >= p.H) return;
     const Rows<S>& h_prev = d.h[cells.s % 2];
     A* sums = shared_sums<Recurrence>();
     Recurrence::multiply(
-        sums, p.range.resident ? shared_weights<Recurrence>() : nullptr, [&](int m) { return w_hh_row(p, d, at, m); },
-        [&](int n) { return h_prev.at(smaller(at.row + n, cells.batch - 1)); }, d.w_hh.row);
+        sums, w_hh, [&](int n) { return h_prev.at(smaller(at.row + n, cells.batch - 1)); }, d.w_hh.row);
     sync_block();
     at.each(p.H, cells.batch, [&](const Element& e) {
       const S h = cells.step(e, [&](A(&rh)[gates]) {
@@ -97,7 +97,7 @@ struct ForwardStep {
     if (at.unit >= p.P) return;
     A* sums = shared_sums<Projection>();
     Projection::multiply(
-        sums, nullptr, [&](int m) { return d.w_hr.at(smaller(at.unit + m, p.P - 1)); },
+        sums, [&](int m) { return d.w_hr.at(smaller(at.unit + m, p.P - 1)); },
         [&](int n) { return d.unprojected.at(smaller(at.row + n, cells.batch - 1)); }, d.w_hr.row);
     sync_block();
     at.each(p.P, cells.batch,
@@ -110,22 +110,27 @@ struct ForwardStep {
   }
 };
 
-template <class Cell, class Math, int n_tiles, int n_warps>
+// `resident`: the recurrent weights stay on the chip.
+template <class Cell, class Math, int n_tiles, int n_warps, bool resident>
 FUSEDRNN_KERNEL(block_size)
 forward_kernel(const Forward<typename Math::Storage> p) {
   using Step = ForwardStep<Cell, Math, n_tiles, n_warps>;
-  const auto at = place<typename Step::Recurrence>();
+  using Tile = typename Step::Recurrence;
+  const auto at = place<Tile>();
   const auto& d = p.direction[at.direction];
   Meeting meeting(d.arrivals);
-  if (p.range.resident) {
-    Step::keep_weights(p, d, at);
-    sync_block();
-  }
+  const typename Step::W_hh rows{p, d, at.unit};
+  const auto w_hh = [&] {
+    if constexpr (resident)
+      return Tile::keep(far_weights<Tile>(), rows, d.w_hh.row);
+    else
+      return rows;
+  }();
   typename Step::Cells cells(p, d, at, p.range.first);
   for (int64_t s = p.range.first; s < p.range.last; ++s) {
     if (cells.s != s) cells.fetch(s);
     if (at.row >= cells.batch) continue;  // all blocks that meet, or none
-    if (p.range.recurrence) Step::recurrence(p, d, at, cells);
+    if (p.range.recurrence) Step::recurrence(p, d, at, cells, w_hh);
     if (p.range.recurrence && p.range.projection) meeting.meet();
     if (p.range.projection) Step::projection(p, d, at, cells);
     if (s + 1 < p.range.last) {
@@ -145,23 +150,23 @@ struct BackwardStep {
   using Place = TilePlace<Product>;
   using Cells = BackwardCells<Cell, S, Place>;
 
-  FUSEDRNN_DEVICE static void keep_weights(const Backward<S>& p, const BackwardDirection<S>& d, const Place& at) {
-    if (at.unit < p.P) {
-      Product::keep(
-          shared_weights<Product>(), [&](int m) { return d.w_hh.at(smaller(at.unit + m, p.P - 1)); }, d.w_hh.row);
-    }
-  }
+  struct W_hh {
+    const Backward<S>& p;
+    const BackwardDirection<S>& d;
+    int64_t first_unit;
+    FUSEDRNN_DEVICE const S* operator()(int m) const { return d.w_hh.at(smaller(first_unit + m, p.P - 1)); }
+  };
 
+  template <class Weights>
   FUSEDRNN_DEVICE static void recurrence(const Backward<S>& p, const BackwardDirection<S>& d, const Place& at,
-                                         Cells& cells) {
+                                         Cells& cells, const Weights& w_hh) {
     if (at.unit >= p.P) return;
     A* sums = shared_sums<Product>();
     if (at.row < cells.next_batch) {
       const int64_t next_row = d.steps.first_row(cells.s + 1);
       Product::multiply(
-          sums, p.range.resident ? shared_weights<Product>() : nullptr,
-          [&](int m) { return d.w_hh.at(smaller(at.unit + m, p.P - 1)); },
-          [&](int n) { return d.drh.at(next_row + smaller(at.row + n, cells.next_batch - 1)); }, d.w_hh.row);
+          sums, w_hh, [&](int n) { return d.drh.at(next_row + smaller(at.row + n, cells.next_batch - 1)); },
+          d.w_hh.row);
     }
     sync_block();
     at.each(p.P, cells.rows, [&](const Element& e) {
@@ -183,7 +188,7 @@ struct BackwardStep {
     A* sums = shared_sums<Product>();
     if (at.row < cells.batch) {
       Product::multiply(
-          sums, nullptr, [&](int m) { return d.w_hr.at(smaller(at.unit + m, p.H - 1)); },
+          sums, [&](int m) { return d.w_hr.at(smaller(at.unit + m, p.H - 1)); },
           [&](int n) { return d.dh.at(cells.first_row + smaller(at.row + n, cells.batch - 1)); }, d.w_hr.row);
     }
     sync_block();
@@ -196,22 +201,27 @@ struct BackwardStep {
   }
 };
 
-template <class Cell, class Math, int n_tiles, int n_warps>
+// `resident`: the recurrent weights stay on the chip.
+template <class Cell, class Math, int n_tiles, int n_warps, bool resident>
 FUSEDRNN_KERNEL(block_size)
 backward_kernel(const Backward<typename Math::Storage> p) {
   using Step = BackwardStep<Cell, Math, n_tiles, n_warps>;
-  const auto at = place<typename Step::Product>();
+  using Tile = typename Step::Product;
+  const auto at = place<Tile>();
   const auto& d = p.direction[at.direction];
   Meeting meeting(d.arrivals);
-  if (p.range.resident) {
-    Step::keep_weights(p, d, at);
-    sync_block();
-  }
+  const typename Step::W_hh rows{p, d, at.unit};
+  const auto w_hh = [&] {
+    if constexpr (resident)
+      return Tile::keep(far_weights<Tile>(), rows, d.w_hh.row);
+    else
+      return rows;
+  }();
   typename Step::Cells cells(p, d, at, p.range.last - 1);
   for (int64_t s = p.range.last - 1; s >= p.range.first; --s) {
     if (cells.s != s) cells.fetch(s);
     if (at.row >= cells.rows) continue;
-    if (p.range.recurrence) Step::recurrence(p, d, at, cells);
+    if (p.range.recurrence) Step::recurrence(p, d, at, cells, w_hh);
     if (p.range.recurrence && p.range.projection) meeting.meet();
     if (p.range.projection) Step::projection(p, d, at, cells);
     if (s > p.range.first) {

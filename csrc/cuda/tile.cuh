@@ -5,7 +5,7 @@
 // block's warps divide k (and b's rows, if there are many); each leaves its partial sums in shared memory.
 #pragma once
 
-#include "device.cuh"
+#include "weights.cuh"
 
 namespace fusedrnn::cuda {
 
@@ -18,13 +18,12 @@ constexpr int block_warps = 8, block_size = block_warps * warp_size;
 template <class S>
 struct TensorCores {
   using Storage = S;
-  static constexpr bool resident = true;              // a may stay in shared memory
+  static constexpr bool resident = true;              // a may stay on the chip
   static constexpr int vector = 16 / int(sizeof(S));  // elements a lane loads
   static constexpr int k = 4 * vector;                // of each row, for one product
-  static constexpr int b_rows = 1, a_lanes = warp_size;
+  static constexpr int b_rows = 1;
   FUSEDRNN_DEVICE static int k_of(int lane) { return lane % 4 * vector; }
   FUSEDRNN_DEVICE static int b_row(int lane, int) { return lane / 4; }
-  FUSEDRNN_DEVICE static int a_slot(int lane) { return lane; }  // lanes that load the same of a share a slot
 
   FUSEDRNN_DEVICE static Vector prepare(Vector v) {
     if constexpr (std::is_same_v<S, float>) {
@@ -44,10 +43,9 @@ struct Fma {
   using Storage = S;
   static constexpr bool resident = false;
   static constexpr int vector = 16 / int(sizeof(S)), k = vector;
-  static constexpr int b_rows = 2, a_lanes = warp_size / 4;
+  static constexpr int b_rows = 2;
   FUSEDRNN_DEVICE static int k_of(int) { return 0; }
   FUSEDRNN_DEVICE static int b_row(int lane, int i) { return lane % 4 * 2 + i; }
-  FUSEDRNN_DEVICE static int a_slot(int lane) { return lane / 4; }
 
   FUSEDRNN_DEVICE static Vector prepare(Vector v) { return v; }
   FUSEDRNN_DEVICE static void multiply(S (&c)[4], const Vector (&a)[2], const Vector (&b)[b_rows]) {
@@ -71,83 +69,50 @@ struct Tile {
   static constexpr int k_warps = block_warps / n_warps;
   static constexpr int pitch = rows + 4;  // no bank conflicts when lanes store their sums
   static constexpr int64_t sums_bytes = int64_t(sizeof(A)) * k_warps * columns * pitch;
-  static constexpr int64_t weights_bytes(int64_t K) {
-    return (K + Math::k - 1) / Math::k * m_tiles * 2 * Math::a_lanes * int64_t(sizeof(Vector));
-  }
 
-  // The lane's 16 bytes of a row, 0 beyond K; K is a multiple of the vector.
-  template <bool from_l2>
-  FUSEDRNN_DEVICE static Vector load_row(const S* row, int64_t k, int64_t K) {
-    if (k >= K) return {};
-    return Math::prepare(from_l2 ? load_l2(row + k) : load(row + k));
-  }
-
-  // Copies a into shared memory, in the order that multiply() reads it. a_row(m) is row m of a.
+  // a where it stays on the chip. Warps that have the same k write the same to shared memory.
+  using Weights = WarpWeights<Math, m_tiles, resident_tiles(n_tiles) / m_tiles, n_tiles <= 2 ? 4 : 2>;
   template <class RowOfA>
-  FUSEDRNN_DEVICE static void keep(Vector* weights, RowOfA a_row, int64_t K) {
-    const int64_t count = weights_bytes(K) / int64_t(sizeof(Vector));
-    for (int64_t i = thread_index(); i < count; i += block_size) {
-      const int slot = int(i % Math::a_lanes), half = int(i / Math::a_lanes % 2);
-      const int m = int(i / (2 * Math::a_lanes) % m_tiles);
-      const int64_t k = i / (2 * Math::a_lanes * m_tiles) * Math::k;
-      const int lane = slot * (warp_size / Math::a_lanes);
-      weights[i] = load_row<false>(a_row(16 * m + 8 * half + lane / 4), k + Math::k_of(lane), K);
-    }
+  FUSEDRNN_DEVICE static Weights keep(Vector* far, RowOfA a_row, int64_t K) {
+    const int far_blocks = int((K + Math::k - 1) / Math::k + k_warps - 1) / k_warps - Weights::in_registers;
+    return Weights(
+        far + k_warp() * (far_blocks > 0 ? far_blocks : 0) * m_tiles * 2 * warp_size, m_tiles, blocks(K),
+        [&](int m, int half, int i) { return load_row<false>(a_row(16 * m + 8 * half + lane() / 4), k_of(i), K); });
   }
 
-  // Leaves the product's partial sums in `sums`; the block has to meet before they are read. a_row(m) and b_row(n) are
-  // rows; weights is what keep() left, or null.
-  template <class RowOfA, class RowOfB>
-  FUSEDRNN_DEVICE static void multiply(A* sums, const Vector* weights, RowOfA a_row, RowOfB b_row, int64_t K) {
-    const int warp = thread_index() / warp_size, lane = thread_index() % warp_size;
-    const int n0 = warp / k_warps * 8 * n_tiles;
-    const S* a_rows[m_tiles][2];
+  // Leaves the product's partial sums in `sums`; the block has to meet before they are read. a is what keep() gave, or
+  // a(m) is row m; b_row(n) is a row.
+  template <class OperandA, class RowOfB>
+  FUSEDRNN_DEVICE static void multiply(A* sums, const OperandA& a, RowOfB b_row, int64_t K) {
+    const int n0 = thread_index() / warp_size / k_warps * 8 * n_tiles;
     const S* b_rows[n_tiles][Math::b_rows];
-#pragma unroll
-    for (int m = 0; m < m_tiles; ++m) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) a_rows[m][i] = a_row(16 * m + 8 * i + lane / 4);
-    }
 #pragma unroll
     for (int n = 0; n < n_tiles; ++n) {
 #pragma unroll
-      for (int i = 0; i < Math::b_rows; ++i) b_rows[n][i] = b_row(n0 + 8 * n + Math::b_row(lane, i));
+      for (int i = 0; i < Math::b_rows; ++i) b_rows[n][i] = b_row(n0 + 8 * n + Math::b_row(lane(), i));
     }
-
-    A c[m_tiles][n_tiles][4] = {};
-    const int64_t blocks = (K + Math::k - 1) / Math::k;
-    [[maybe_unused]] constexpr int ahead =
-        Math::resident && n_tiles <= 2 ? 4 : 2;  // products whose operands are under way together
-#pragma unroll ahead
-    for (int64_t block = warp % k_warps; block < blocks; block += k_warps) {
-      const int64_t k = block * Math::k + Math::k_of(lane);
-      Vector b[n_tiles][Math::b_rows];
+    const auto b_part = [&](int i, Vector(&b)[n_tiles][Math::b_rows]) {
 #pragma unroll
       for (int n = 0; n < n_tiles; ++n) {
 #pragma unroll
-        for (int i = 0; i < Math::b_rows; ++i) b[n][i] = load_row<true>(b_rows[n][i], k, K);
+        for (int j = 0; j < Math::b_rows; ++j) b[n][j] = load_row<true>(b_rows[n][j], k_of(i), K);
       }
-#pragma unroll
-      for (int m = 0; m < m_tiles; ++m) {
-        Vector a[2];
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          a[i] = weights ? weights[((block * m_tiles + m) * 2 + i) * Math::a_lanes + Math::a_slot(lane)]
-                         : load_row<false>(a_rows[m][i], k, K);
-        }
-#pragma unroll
-        for (int n = 0; n < n_tiles; ++n) Math::multiply(c[m][n], a, b[n]);
-      }
-    }
+    };
 
-    A* mine = sums + (int64_t(warp % k_warps) * columns + n0) * pitch;
+    A c[m_tiles][n_tiles][4] = {};
+    if constexpr (std::is_same_v<OperandA, Weights>)
+      a.multiply(c, b_part);
+    else
+      multiply_rows(c, a, b_part, K);
+
+    A* mine = sums + (int64_t(k_warp()) * columns + n0) * pitch;
 #pragma unroll
     for (int m = 0; m < m_tiles; ++m) {
 #pragma unroll
       for (int n = 0; n < n_tiles; ++n) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          mine[(8 * n + 2 * (lane % 4) + i % 2) * pitch + 16 * m + lane / 4 + i / 2 * 8] = c[m][n][i];
+          mine[(8 * n + 2 * (lane() % 4) + i % 2) * pitch + 16 * m + lane() / 4 + i / 2 * 8] = c[m][n][i];
         }
       }
     }
@@ -158,6 +123,47 @@ struct Tile {
 #pragma unroll
     for (int w = 0; w < k_warps; ++w) total += sums[(w * columns + n) * pitch + m];
     return total;
+  }
+
+ private:
+  // A warp's blocks of k are those that leave the remainder k_warp() when divided by k_warps.
+  FUSEDRNN_DEVICE static int lane() { return thread_index() % warp_size; }
+  FUSEDRNN_DEVICE static int k_warp() { return thread_index() / warp_size % k_warps; }
+  FUSEDRNN_DEVICE static int blocks(int64_t K) {
+    return int((K + Math::k - 1) / Math::k - k_warp() + k_warps - 1) / k_warps;
+  }
+  // The lane's first element of the warp's i-th block.
+  FUSEDRNN_DEVICE static int64_t k_of(int i) { return int64_t(k_warp() + i * k_warps) * Math::k + Math::k_of(lane()); }
+
+  // The lane's 16 bytes of a row, 0 beyond K; K is a multiple of the vector.
+  template <bool from_l2>
+  FUSEDRNN_DEVICE static Vector load_row(const S* row, int64_t k, int64_t K) {
+    if (k >= K) return {};
+    return Math::prepare(from_l2 ? load_l2(row + k) : load(row + k));
+  }
+
+  template <class RowOfA, class Part>
+  FUSEDRNN_DEVICE static void multiply_rows(A (&c)[m_tiles][n_tiles][4], RowOfA a_row, Part b_part, int64_t K) {
+    const S* a_rows[m_tiles][2];
+#pragma unroll
+    for (int m = 0; m < m_tiles; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) a_rows[m][half] = a_row(16 * m + 8 * half + lane() / 4);
+    }
+    [[maybe_unused]] constexpr int ahead =
+        Math::resident && n_tiles <= 2 ? 4 : 2;  // products whose operands are under way together
+    const int count = blocks(K);
+#pragma unroll ahead
+    for (int i = 0; i < count; ++i) {
+      Vector b[n_tiles][Math::b_rows];
+      b_part(i, b);
+#pragma unroll
+      for (int m = 0; m < m_tiles; ++m) {
+        const Vector a[2] = {load_row<false>(a_rows[m][0], k_of(i), K), load_row<false>(a_rows[m][1], k_of(i), K)};
+#pragma unroll
+        for (int n = 0; n < n_tiles; ++n) Math::multiply(c[m][n], a, b[n]);
+      }
+    }
   }
 };
 
