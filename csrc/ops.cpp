@@ -4,6 +4,9 @@
 #include <string>
 
 STABLE_TORCH_LIBRARY(FUSEDRNN_NAMESPACE, m) {
+  m.def(
+      "segments(Tensor lengths, Tensor? reset, Tensor first_row, Tensor step_row, int directions)"
+      " -> (Tensor batch_sizes, Tensor source, Tensor initial, Tensor final)");
   for (const std::string cell : {"lstm", "gru", "rnn_tanh", "rnn_relu"}) {
     m.def((cell + "(Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? batch_sizes, int directions, bool save,"
                   " bool tf32=False)"

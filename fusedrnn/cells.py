@@ -13,7 +13,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import ops
-from .functional import ARGUMENT_ERRORS, States, autocast_enabled, in_torch_words, layer, pair, stack
+from .errors import ARGUMENT_ERRORS, in_torch_words, pair
+from .layer import layer
+from .network import States, stack
+from .ops import autocast_enabled
 
 # Their forward refuses, in torch's own words, what ours does not take. patch() rebinds the names.
 _NN_RNN_CELL, _NN_LSTM_CELL, _NN_GRU_CELL = torch.nn.RNNCell, torch.nn.LSTMCell, torch.nn.GRUCell

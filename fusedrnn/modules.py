@@ -17,7 +17,10 @@ from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence
 
 from . import ops
-from .functional import ARGUMENT_ERRORS, States, autocast_enabled, in_torch_words, layer, network, pair
+from .errors import ARGUMENT_ERRORS, in_torch_words, pair
+from .layer import layer
+from .network import States, network
+from .ops import autocast_enabled
 from .profiling import ranges_enabled
 from .rows import Lengths
 

@@ -22,6 +22,9 @@ is an empty ``[0]`` tensor. ``tf32`` lets a GPU multiply float32 numbers in Tens
 ``<cell>_advance(Tensor x, Tensor(a!) h, Tensor(b!)? c, Tensor[] weights, Tensor? batch_sizes, int
 directions, Tensor(c!) y) -> ()`` is the forward op without saving and without allocation: the states,
 ``h0`` and ``c0`` of the forward op, are updated in place, and ``y`` is written to.
+
+``segments(Tensor lengths, Tensor? reset, Tensor first_row, Tensor step_row, int directions) -> (Tensor batch_sizes,
+Tensor source, Tensor initial, Tensor final)``, all on the CPU, is for :mod:`fusedrnn.rows`.
 """
 
 from __future__ import annotations
@@ -54,6 +57,9 @@ def _load() -> None:
     cuda = _LIB / f"libfusedrnn_cuda{_SUFFIX}"
     if torch.version.cuda is not None and cuda.exists():
         torch.ops.load_library(cuda)
+
+
+autocast_enabled = torch._C._is_any_autocast_enabled
 
 
 def tf32(x: Tensor) -> bool:
@@ -163,6 +169,15 @@ def _advance(
         c.copy_(c_n)
 
 
+def _fake_segments(
+    lengths: Tensor, reset: Tensor | None, first_row: Tensor, step_row: Tensor, directions: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    new_size = torch.library.get_ctx().new_dynamic_size
+    longest, rows, count = new_size(), new_size(), new_size()
+    final = lengths.new_empty(directions, lengths.shape[0])
+    return lengths.new_empty(longest), lengths.new_empty(rows), lengths.new_empty(directions, count), final
+
+
 def _vmap_forward(cell: str, info: Any, dims: Any, *arguments: Any) -> Any:
     """The vmap rule of a forward op."""
     weights = [vmap.NOWHERE] * len(arguments[3])
@@ -185,6 +200,8 @@ forward = {cell: getattr(torch.ops.fusedrnn, cell).default for cell in CELLS}
 eager = {cell: op._op for cell, op in forward.items()}  # without OpOverload's Python frame
 advance = {cell: getattr(torch.ops.fusedrnn, f"{cell}_advance").default._op for cell in CELLS}
 backward = {cell: getattr(torch.ops.fusedrnn, f"{cell}_backward").default for cell in CELLS}
+segments = torch.ops.fusedrnn.segments.default
+torch.library.register_fake("fusedrnn::segments", _fake_segments)
 for _cell in CELLS:
     torch.library.register_fake(f"fusedrnn::{_cell}", partial(_fake_forward, _cell))
     torch.library.register_fake(f"fusedrnn::{_cell}_backward", partial(_fake_backward, _cell))

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import ops
+
 Lengths = Tensor | Sequence[int]
 
 
@@ -72,55 +74,28 @@ def of_padded(x: Tensor, lengths: Lengths | None, reset: Tensor | None, batch_fi
         raise TypeError(f"expected lengths to be integers, got {_kind(lengths)}")
     if lengths.shape != (n,):
         raise RuntimeError(f"Expected lengths size {[n]}, got {list(lengths.shape)}")
-    if n and not 0 <= int(lengths.min()) <= int(lengths.max()) <= t:
-        raise RuntimeError(f"Expected lengths from 0 to {t}, got {lengths.tolist()}")
-    sequence = torch.arange(n, device="cpu")
-    first_row, row_step = (sequence * t, 1) if batch_first else (sequence, n)
-    return _segments(lengths.long(), reset, first_row, row_step, directions, x.device)
+    of_sequence, of_step = torch.arange(n, device="cpu"), torch.arange(t, device="cpu")
+    if batch_first:
+        of_sequence = of_sequence * t
+    else:
+        of_step = of_step * n
+    return _segments(lengths, reset, of_sequence, of_step, directions, x.device)
 
 
 def of_nested(x: Any, directions: int) -> Segments:
     """The segments of a jagged nested tensor ``[N, (lengths), I]``, as rows of ``x.values()``."""
     offsets, lengths = x.offsets().cpu(), x.lengths()
     lengths = offsets.diff() if lengths is None else lengths.cpu()
-    return _segments(lengths.long(), None, offsets[: lengths.numel()].long(), 1, directions, x.device)
+    steps = torch.arange(x.values().shape[0], device="cpu")
+    return _segments(lengths, None, offsets[:-1].long(), steps, directions, x.device)
 
 
 def _segments(
-    lengths: Tensor, reset: Tensor | None, first_row: Tensor, row_step: int, directions: int, device: torch.device
+    lengths: Tensor, reset: Tensor | None, first_row: Tensor, step_row: Tensor, directions: int, device: torch.device
 ) -> Segments:
-    """Step t of sequence n is row ``first_row[n] + t * row_step``. ``reset`` is ``[N, T]``; all on the CPU."""
-    n = lengths.numel()
-    # The segments by sequence and, in it, by time.
-    if reset is None:
-        sequence = lengths.nonzero().squeeze(1)
-        start = torch.zeros_like(sequence)
-    else:
-        times = torch.arange(reset.shape[1], device="cpu")
-        begins = (reset | (times == 0)) & (times < lengths[:, None])
-        sequence, start = begins.nonzero(as_tuple=True)
-    count = sequence.numel()
-    first = torch.ones_like(sequence, dtype=torch.bool)
-    first[1:] = sequence[1:] != sequence[:-1]
-    last = first.roll(-1)
-    length = torch.where(last, lengths[sequence], start.roll(-1)) - start
-
-    order = length.argsort(descending=True, stable=True)
-    rank = order.argsort()
-    batch_sizes = count - length.bincount().cumsum(0)[:-1]
-    segment = torch.arange(count, device="cpu").repeat_interleave(length)
-    step = torch.arange(segment.numel(), device="cpu") - (length.cumsum(0) - length)[segment]
-    position = (batch_sizes.cumsum(0) - batch_sizes)[step] + rank[segment]
-    source = torch.empty_like(position)
-    source[position] = (first_row[sequence] + start * row_step)[segment] + step * row_step
-
-    # Backwards in time a sequence begins with its last segment and ends with its first.
-    continued = first if reset is None else first & ~reset[sequence, 0]
-    initial = torch.stack([torch.where(which, sequence, n)[order] for which in (continued, last)[:directions]])
-    final = (count + torch.arange(n, device="cpu")).repeat(directions, 1)
-    for to, which in zip(final, (last, first), strict=False):
-        to[sequence[which]] = rank[which]
-    return Segments(batch_sizes, source.to(device), initial.to(device), final.to(device))
+    """Step t of sequence n is row ``first_row[n] + step_row[t]``. ``reset`` is ``[N, T]``; all on the CPU."""
+    batch_sizes, *indices = ops.segments(lengths.long(), reset, first_row, step_row, directions)
+    return Segments(batch_sizes, *[i.to(device) for i in indices])
 
 
 def _kind(value: object) -> str:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .functional import check_sizes
+from .errors import check_sizes
 from .modules import CELL, FusedBase
 
 

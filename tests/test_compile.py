@@ -105,6 +105,24 @@ def test_cells(name, training, device):
     assert_compiles(run, module, inputs, training)
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("given", ["lengths", "reset", "both"])
+@pytest.mark.parametrize("name, options", MODULES)
+def test_lengths(name, options, given, training, device):
+    """Their packed rows, of a number that is known at run time alone, are in the graph."""
+    module = make(name, device, **STACKED, **options)
+    inputs = []
+    for t, lengths in ((5, (5, 0, 2)), (7, (1, 7, 7, 3)), (9, (9, 9)), (3, (0, 0, 0, 1, 2))):
+        x = torch.randn(t, len(lengths), 3, device=device)
+        inputs.append((x, torch.tensor(lengths), torch.rand(t, len(lengths)) < 0.3))
+
+    def run(x, lengths, reset):
+        lengths, reset = lengths if given != "reset" else None, reset if given != "lengths" else None
+        return flat(module(x, lengths=lengths, reset=reset))
+
+    assert_compiles(run, module, inputs, training)
+
+
 def test_one_graph_for_marked_dimensions(device):
     module = make("LSTM", device)
     counter = CompileCounterWithBackend("aot_eager")
@@ -193,6 +211,18 @@ def ops_of(program):
     return [n.target for n in program.graph.nodes if getattr(n.target, "namespace", None) == "fusedrnn"]
 
 
+def assert_trains_the_same(program, model, *inputs):
+    """The exported program's outputs, and its parameters' gradients, are the model's."""
+    exported = program.module()
+    found, expected = exported(*inputs), model(*inputs)
+    assert torch.equal(found, expected)
+    parameters = dict(exported.named_parameters())
+    for name, p in model.named_parameters():
+        pairs = ((found, parameters[name]), (expected, p))
+        gradients = [torch.autograd.grad(y.sin().sum(), of, retain_graph=True)[0] for y, of in pairs]
+        assert torch.equal(*gradients)
+
+
 @pytest.mark.parametrize("gradients", [False, True])
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("name, options", MODULES)
@@ -203,11 +233,10 @@ def test_export(name, options, strict, gradients, device, tmp_path):
         program = export(model, (torch.randn(5, 2, 3, device=device),), dynamic_shapes=dynamic, strict=strict)
     torch.export.save(program, tmp_path / "model.pt2")
     program = torch.export.load(tmp_path / "model.pt2")
-    if not gradients:
-        assert len(ops_of(program)) == 2
+    assert len(ops_of(program)) == 2
     for shape in ((5, 2), (9, 4)):
         x = torch.randn(*shape, 3, device=device)
-        assert torch.equal(program.module()(x), model(x))
+        assert_trains_the_same(program, model, x)
 
 
 @pytest.mark.parametrize("strict", [False, True])
@@ -218,8 +247,37 @@ def test_export_packed(name, strict, device):
     with torch.no_grad():
         program = export(model, pack((5, 3, 2)), dynamic_shapes=({0: Dim.DYNAMIC},) * 2, strict=strict)
     for lengths in ((5, 3, 2), (8, 3, 2, 2)):
-        arguments = pack(lengths)
-        assert torch.equal(program.module()(*arguments), model(*arguments))
+        assert_trains_the_same(program, model, *pack(lengths))
+
+
+class TaggerOfLengths(Tagger):
+    def forward(self, x, lengths):
+        y, _ = self.rnn(x, lengths=lengths)
+        return self.score(y)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_lengths(strict, device):
+    model = TaggerOfLengths("LSTM").to(device)
+    example = (torch.randn(5, 3, 3, device=device), torch.tensor([5, 3, 2]))
+    dynamic = {"x": {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}, "lengths": {0: Dim.DYNAMIC}}
+    program = export(model, example, dynamic_shapes=dynamic, strict=strict)
+    for t, lengths in ((5, (0, 5, 1)), (9, (3, 9))):
+        assert_trains_the_same(program, model, torch.randn(t, len(lengths), 3, device=device), torch.tensor(lengths))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_exported_once_gradients_of_any_order(recompute, device):
+    """The exported node is the layer itself: it can be differentiated twice, and recomputes if the module does."""
+    module = fusedrnn.LSTM(3, 4, recompute=recompute, device=device, dtype=torch.float64)
+    x = torch.randn(4, 2, 3, device=device, dtype=torch.float64, requires_grad=True)
+    exported = export(module, (x,)).module()
+
+    def second(run):
+        (dx,) = torch.autograd.grad(run(x)[0].sin().sum(), x, create_graph=True)
+        return torch.autograd.grad(dx.square().sum(), x)[0]
+
+    assert torch.equal(second(exported), second(module))
 
 
 RUN_PACKAGE = """

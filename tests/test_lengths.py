@@ -241,18 +241,6 @@ def test_functional(device):
         assert torch.equal(found[0], expected[0])
 
 
-def test_compiled(device):
-    """Around a graph break, for the lengths are read on the CPU."""
-    module = fusedrnn.LSTM(I, H, device=device)
-    x, reset = torch.randn(T, N, I, device=device, requires_grad=True), resets()
-    compiled = torch.compile(lambda x, lengths: module(x, lengths=lengths, reset=reset)[0], backend="aot_eager")
-    for lengths in (LENGTHS, LENGTHS.flip(0)):
-        found, expected = compiled(x, lengths), module(x, lengths=lengths, reset=reset)[0]
-        torch.testing.assert_close(found, expected)
-        gradients = [torch.autograd.grad(y.square().sum(), x)[0] for y in (found, expected)]
-        torch.testing.assert_close(*gradients)
-
-
 # ---- nested tensors ------------------------------------------------------------------------------
 
 

@@ -50,6 +50,14 @@ def test_backward(name, options, device):
         check(op, (*arguments[:3], torch.ones_like(cells), *arguments[4:]))
 
 
+@pytest.mark.parametrize("reset", [True, False])
+@pytest.mark.parametrize("directions", [1, 2])
+def test_segments(directions, reset):
+    mask = torch.tensor([[False, True, False, True], [True] * 4, [False] * 4])
+    arguments = (torch.tensor([4, 0, 2]), mask if reset else None, torch.arange(3) * 4, torch.arange(4), directions)
+    check(torch.ops.fusedrnn.segments.default, arguments)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ["lstm", "gru"])
 def test_dtypes(name, dtype, device):

@@ -1,0 +1,112 @@
+"""What wrong arguments raise: torch.nn's errors, in its words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from . import ops
+
+# Other exceptions pass (checkpointing stops a forward with one).
+ARGUMENT_ERRORS = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+
+def in_torch_words(forward: Any, module: Any, input: Any, hx: Any, error: Exception) -> Exception:
+    """What torch.nn's ``forward`` raises for the arguments that gave ``error``, or else that."""
+    transformed = torch._C._are_functorch_transforms_active()  # torch.nn knows fewer of them
+    nested = isinstance(input, Tensor) and input.is_nested  # and none of these
+    if transformed or nested or isinstance(error, torch.OutOfMemoryError):
+        return error
+    try:
+        with torch.no_grad():
+            if isinstance(module, torch.nn.RNNBase) and isinstance(input, PackedSequence):
+                # torch.nn's forward reads out of bounds for some of these.
+                if hx is None:
+                    module.check_input(input.data, input.batch_sizes)
+                else:
+                    module.check_forward_args(input.data, hx, input.batch_sizes)
+            elif _has_its_shapes(module):  # nor does it look at the weights' shapes
+                forward(module, input, hx)
+    except Exception as theirs:
+        return theirs
+    return error
+
+
+def _has_its_shapes(module: Any) -> bool:
+    """Whether the weights of a multi-layer module have the shapes that its attributes say."""
+    if not isinstance(module, torch.nn.RNNBase):
+        return True
+    hidden, directions = module.hidden_size, 2 if module.bidirectional else 1
+    rows, projected = ops.GATES.get(module.mode.lower(), 1) * hidden, module.proj_size or hidden
+    for name in module._flat_weights_names:
+        width = module.input_size if "_l0" in name else directions * projected
+        shapes = {
+            "weight_ih": (rows, width),
+            "weight_hh": (rows, projected),
+            "weight_hr": (projected, hidden),
+        }
+        if getattr(module, name).shape != shapes.get(name[:9], (rows,)):
+            return False
+    return True
+
+
+def pair(hx: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, Tensor | None]:
+    """``(h_0, c_0)`` of an LSTM's ``hx``: two tensors, or none at all."""
+    if hx is None:
+        return None, None
+    h, c = hx
+    if h is None or c is None or isinstance(hx, Tensor):
+        raise TypeError(f"expected hx to be a pair of tensors (h_0, c_0), got {type(hx).__name__}")
+    return h, c
+
+
+def check_dimensions(cell: str, x: Tensor, states: Sequence[Tensor] | None) -> None:
+    """torch.nn's errors about the number of dimensions of the input and the states."""
+    dim = x.dim()
+    if dim not in (2, 3):
+        name, tail = ("RNN", "D tensor") if cell.startswith("rnn") else (cell.upper(), "D")
+        raise ValueError(f"{name}: Expected input to be 2D or 3D, got {dim}{tail} instead")
+    if states is not None and any(s.dim() != dim for s in states):
+        which = "batched 3-D" if dim == 3 else "unbatched 2-D"
+        if cell == "lstm":
+            raise RuntimeError(
+                f"For {which} input, hx and cx should also be {dim}-D "
+                f"but got ({states[0].dim()}-D, {states[1].dim()}-D) tensors"
+            )
+        raise RuntimeError(f"For {which} input, hx should also be {dim}-D but got {states[0].dim()}-D tensor")
+
+
+def check_sizes(
+    cell: str,
+    x: Tensor,
+    states: Sequence[Tensor] | None,
+    weights: Sequence[Tensor],
+    rows: int,
+    batch: int,
+    dim: int,
+) -> list[tuple[int, int, int]]:
+    """torch.nn's errors about the input's dtype and all sizes. Returns the shapes of the states."""
+    w_ih, w_hh = weights[0], weights[1]
+    if x.dtype != w_ih.dtype and not ops.autocast_enabled():
+        raise ValueError(
+            f"RNN input dtype ({x.dtype}) does not match weight dtype ({w_ih.dtype}). "
+            f"Convert input: input.to({w_ih.dtype}), or convert model: model.to({x.dtype})"
+        )
+    if x.dim() != dim:
+        raise RuntimeError(f"input must have {dim} dimensions, got {x.dim()}")
+    if x.shape[-1] != w_ih.shape[1]:
+        raise RuntimeError(f"input.size(-1) must be equal to input_size. Expected {w_ih.shape[1]}, got {x.shape[-1]}")
+    expected = [(rows, batch, w_hh.shape[1])]
+    if cell == "lstm":
+        expected.append((rows, batch, w_ih.shape[0] // 4))
+    if states is not None and len(states) != len(expected):
+        raise RuntimeError("lstm expects two hidden states")
+    for k, (s, e) in enumerate(zip(states or (), expected, strict=False)):
+        if s.shape != e:
+            name = f"hidden[{k}]" if cell == "lstm" else "hidden"
+            raise RuntimeError(f"Expected {name} size {e}, got {list(s.shape)}")
+    return expected
