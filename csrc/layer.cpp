@@ -77,8 +77,8 @@ Layer Layer::check(const Tensor& x, const MaybeTensor& h0, const MaybeTensor& c0
     l.N = l.T ? l.offset[1] : h0 && h0->dim() == 3 ? h0->size(1) : 0;
   } else {
     l.T = x.size(0), l.N = x.size(1), l.rows = l.T * l.N;
-    l.offset.resize(l.T + 1);
-    for (int64_t t = 0; t <= l.T; ++t) l.offset[t] = t * l.N;
+    l.offset.resize(l.rows > 0 ? l.T + 1 : 0);  // without rows there may be more steps than memory
+    for (size_t t = 0; t < l.offset.size(); ++t) l.offset[t] = int64_t(t) * l.N;
   }
 
   const int64_t count = int64_t(weights.size()), each = count / directions;

@@ -28,7 +28,7 @@ struct FUSEDRNN_EXPORT Layer {
   int64_t weights_per_direction;
   bool has_c, bias, projected, packed;
   ScalarType dtype;
-  std::vector<int64_t> offset;  // [T + 1], the first row of each step
+  std::vector<int64_t> offset;  // [T + 1], the first row of each step; empty if there are no rows
 
   template <class Cell>
   static Layer of(const Tensor& x, const MaybeTensor& h0, const MaybeTensor& c0, const std::vector<Tensor>& weights,

@@ -131,7 +131,7 @@ def make_inputs(case: Case, device="cpu", seed: int = 0) -> Inputs:
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(case.dtype).to(device)
 
     def uniform(*shape):
-        bound = 1 / math.sqrt(case.H)
+        bound = 1 / math.sqrt(max(1, case.H))
         values = torch.rand(shape, generator=generator, dtype=torch.float64) * 2 * bound - bound
         return values.to(case.dtype).to(device)
 

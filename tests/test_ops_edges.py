@@ -6,6 +6,7 @@ from conftest import assert_close_to_reference, on_cuda_kernels
 from helpers import (
     DTYPES,
     VARIANTS,
+    Case,
     assert_same_bits,
     backward_ours,
     fair_results,
@@ -38,6 +39,15 @@ def test_empty(name, dtype, T, N, states, device, capability):
     for save in (False, True):
         gates, cells = layer_op(case.cell)(*inputs.arguments(), save)[3:]
         assert gates.numel() == 0 and cells.numel() == 0
+
+
+@pytest.mark.parametrize("cell, P", [("lstm", 0), ("lstm", 2), ("gru", 0), ("rnn_tanh", 0)])
+def test_no_units(cell, P, device, capability, request):
+    if on_cuda_kernels(request.config):
+        pytest.skip("the CUDA kernels have no launch of nothing")
+    case = Case(cell, T=3, N=2, H=0, P=P, directions=2)
+    inputs, gradients = make_inputs(case, device), make_gradients(case, device)
+    assert_close_to_reference(ours(case, inputs, gradients), None, in_float64(case, inputs, gradients))
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -222,6 +222,51 @@ def test_needs_beyond_the_weights(cell, device):
         assert len(results[3]) == len(arguments["weights"])
 
 
+@pytest.mark.parametrize("cell", CELLS)
+def test_many_steps_of_an_empty_batch(cell, device):
+    """They are no rows and need no memory."""
+    arguments = forward_arguments(cell, device, states=False)
+    y = call_forward(cell, {**arguments, "x": torch.empty(2**40, 0, 4, device=device)})[0]
+    assert y.shape == (2**40, 0, 6)
+
+
+SEGMENTS = {
+    "lengths": torch.tensor([4, 0, 2]),
+    "reset": torch.tensor([[False, True, False, True], [True] * 4, [False] * 4]),
+    "first_row": torch.tensor([0, 4, 8]),
+    "step_row": torch.arange(4),
+    "directions": 2,
+}
+
+
+@pytest.mark.parametrize(
+    "name, wrong",
+    [
+        *[("lengths", torch.tensor(lengths)) for lengths in ([5, 0, 2], [-1, 0, 2], [2**62] * 3, [1, 2], [[1, 2, 3]])],
+        ("lengths", torch.tensor([4.0, 0.0, 2.0])),
+        ("reset", torch.zeros(4, 3, dtype=torch.bool)),
+        ("reset", torch.zeros(3, 4)),
+        ("first_row", torch.arange(4)),
+        ("step_row", torch.arange(3)),
+        ("step_row", torch.arange(4).int()),
+        ("step_row", torch.tensor(4)),
+        ("directions", 0),
+        ("directions", 3),
+    ],
+)
+def test_segments_that_do_not_fit(name, wrong):
+    with pytest.raises(RuntimeError, match=r"expected|Expected|does not fit"):
+        torch.ops.fusedrnn.segments(*{**SEGMENTS, name: wrong}.values())
+
+
+def test_segments_of_rows_beyond_the_input():
+    """The op computes with any numbers; index_select refuses them."""
+    rows = torch.tensor([2**63 - 1, 4, 8])
+    _, source, _, _ = torch.ops.fusedrnn.segments(*{**SEGMENTS, "first_row": rows}.values())
+    with pytest.raises((IndexError, RuntimeError)):
+        torch.zeros(12, 2).index_select(0, source)
+
+
 def disturbed(value, rng: random.Random):
     """Something a careless caller might pass instead of `value`."""
     if isinstance(value, list):

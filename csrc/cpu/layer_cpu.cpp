@@ -48,6 +48,11 @@ int threads_for(const Layer& l) {
   return plan_threads(max_threads(), layer_multiply_adds(l.rows, l.directions, l.gates, l.H, l.I, l.P));
 }
 
+bool nothing_to_do(const Layer& l) { return l.rows == 0 || l.H == 0; }
+
+// No step: the state (or its gradient) stays as it was. No unit: a projection of nothing, which is 0.
+MaybeTensor state_without_work(const Layer& l, const MaybeTensor& state) { return l.rows == 0 ? state : MaybeTensor(); }
+
 // The kernel on tensors that are dense as it needs them, into the results.
 template <class Cell, class S>
 void run_forward(const Layer& l, const Tensor& x, const MaybeTensor& h0, const MaybeTensor& c0,
@@ -89,8 +94,9 @@ ForwardResult forward(const Layer& l, const Tensor& x_, const MaybeTensor& h0_, 
   const Tensor c_n = empty(l.has_c ? l.c_shape() : none, l.dtype, x);
   const Tensor gates = empty_large(save ? l.gates_shape() : none, l.dtype, x);
   const Tensor cells = empty_large(save && l.has_c ? l.cells_shape() : none, l.accumulator(), x);
-  if (l.rows == 0) {  // no step: the state stays as it was
-    copy_or_zero(h_n, h0);
+  if (nothing_to_do(l)) {
+    copy_or_zero(y, {});
+    copy_or_zero(h_n, state_without_work(l, h0));
     copy_or_zero(c_n, c0);
     return {y, h_n, c_n, gates, cells};
   }
@@ -103,7 +109,10 @@ ForwardResult forward(const Layer& l, const Tensor& x_, const MaybeTensor& h0_, 
 template <class Cell, class S>
 void advance(const Layer& l, const Tensor& x, const Tensor& h, const MaybeTensor& c, const std::vector<Tensor>& weights,
              const Tensor& y) {
-  if (l.rows > 0) run_forward<Cell, S>(l, dense_columns(x), h, c, dense(weights), false, {y, h, c ? *c : h, h, h});
+  if (!nothing_to_do(l))
+    run_forward<Cell, S>(l, dense_columns(x), h, c, dense(weights), false, {y, h, c ? *c : h, h, h});
+  else if (l.rows > 0)
+    copy_or_zero(y, {}), copy_or_zero(h, {});
 }
 
 // The upstream gradients and the results of forward, as backward gets them.
@@ -132,8 +141,9 @@ BackwardResult backward(const Layer& l, const BackwardArguments& a, int64_t need
   for (size_t i = 0; i < weights.size(); ++i)
     dweights.push_back(result(need_first_weight << i, {weights[i].sizes().begin(), weights[i].sizes().end()}));
   const auto wanted = [](const Tensor& t, bool need) { return need ? data<S>(t) : nullptr; };
-  if (l.rows == 0) {
-    copy_or_zero(dh0, dh_n);
+  if (nothing_to_do(l)) {
+    copy_or_zero(dx, {});
+    copy_or_zero(dh0, state_without_work(l, dh_n));
     copy_or_zero(dc0, dc_n);
     for (const Tensor& t : dweights) copy_or_zero(t, {});
     return {dx, dh0, dc0, dweights};

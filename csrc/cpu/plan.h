@@ -21,7 +21,7 @@ inline Split plan_split(int threads, double batch, int64_t panels, double panel_
   Split best{1, 1};
   double best_ns = 1e300;
   for (int rows = 1; rows <= threads && rows <= std::max(1.0, batch); ++rows) {
-    const int units = int(std::min<int64_t>(threads / rows, panels));
+    const int units = int(std::clamp<int64_t>(panels, 1, threads / rows));
     const double bytes = double((panels + units - 1) / units) * panel_bytes;
     const double compute = std::max(1.0, batch / rows) * bytes * ns_per_byte_row;
     const double memory = bytes * ns_per_byte_l2 + std::max(0.0, bytes - l2_bytes) * ns_per_byte_l3;
