@@ -12,6 +12,9 @@ STABLE_TORCH_LIBRARY(FUSEDRNN_NAMESPACE, m) {
                   " bool tf32=False)"
                   " -> (Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)")
               .c_str());
+    m.def((cell + "_inference(Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? batch_sizes, int directions)"
+                  " -> Tensor[]")
+              .c_str());
     m.def((cell + "_advance(Tensor x, Tensor(a!) h, Tensor(b!)? c, Tensor[] weights, Tensor? batch_sizes,"
                   " int directions, Tensor(c!) y) -> ()")
               .c_str());

@@ -25,7 +25,6 @@ _NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 _read_weights = itemgetter(*_NAMES)
 _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
-_eager = ops.eager
 _RNN = {"tanh": "rnn_tanh", "relu": "rnn_relu"}
 _one_step: dict[int, Tensor] = {}  # N -> the batch sizes of one packed step
 
@@ -54,11 +53,11 @@ class _Cell(torch.nn.RNNCellBase):
             sizes = _one_step.get(n)
             if sizes is None:
                 sizes = _batch_sizes(n)
-            h0 = h[None]
-            c0 = None if c is None else c[None]
+            h0 = h.unsqueeze(0)
+            c0 = None if c is None else c.unsqueeze(0)
             if _is_grad_enabled() or forward_ad._current_level >= 0:
                 return layer(cell, x, h0, c0, self._weights(), sizes, 1)
-            return _eager[cell](x, h0, c0, self._weights(), sizes, 1, False, ops.tf32(x))
+            return ops.infer(cell, x, h0, c0, self._weights(), sizes, 1)
         return None
 
     def _step(self, cell: str, input: Tensor, states: States | None) -> States:
@@ -164,7 +163,7 @@ class LSTMCell(_Cell):
             if h is not None:
                 plain = self._plain_step("lstm", input, h, c)
                 if plain is not None:
-                    return plain[0], plain[2][0]
+                    return plain[0], plain[2].squeeze(0)
             h, c = self._step("lstm", input, hx)
             return h, c
         except ARGUMENT_ERRORS as error:

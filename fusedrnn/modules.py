@@ -28,8 +28,6 @@ from .rows import Lengths
 _NN_RNN, _NN_LSTM, _NN_GRU = torch.nn.RNN, torch.nn.LSTM, torch.nn.GRU
 
 CELL = {"LSTM": "lstm", "GRU": "gru", "RNN_TANH": "rnn_tanh", "RNN_RELU": "rnn_relu"}
-_eager = ops.eager
-_lstm = _eager["lstm"]
 _is_grad_enabled = torch.is_grad_enabled
 _is_compiling = torch.compiler.is_compiling
 
@@ -127,7 +125,7 @@ class _OneState(FusedBase):
                     if _is_grad_enabled() or forward_ad._current_level >= 0:
                         result = layer(cell, x, hx, None, weights, None, directions, False, self.recompute)
                     else:
-                        result = _eager[cell](x, hx, None, weights, None, directions, False, ops.tf32(x))
+                        result = ops.infer(cell, x, hx, None, weights, None, directions)
                     y = result[0]
                     return (y.transpose(0, 1) if self.batch_first else y), result[1]
             (output,), (h_n,) = self._network(input, hx, lengths, reset)
@@ -344,7 +342,7 @@ class LSTM(FusedBase):
                     if _is_grad_enabled() or forward_ad._current_level >= 0:
                         result = layer("lstm", x, h0, c0, weights, None, directions, False, self.recompute)
                     else:
-                        result = _lstm(x, h0, c0, weights, None, directions, False, ops.tf32(x))
+                        result = ops.infer("lstm", x, h0, c0, weights, None, directions)
                     y = result[0]
                     return (y.transpose(0, 1) if self.batch_first else y), (result[1], result[2])
             pair(hx)

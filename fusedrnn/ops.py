@@ -19,6 +19,9 @@ c in float32 (float64 for float64); so is its gradient, ``dcells``. ``needs`` is
 gradients asked for: 0 dx, 1 dh0, 2 dc0, 3 + i weight i. Whatever is not asked for or does not exist
 is an empty ``[0]`` tensor. ``tf32`` lets a GPU multiply float32 numbers in TensorFloat-32: :func:`tf32`.
 
+``<cell>_inference(Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? batch_sizes, int directions) ->
+Tensor[]`` is the forward op on a CPU without saving, and returns only ``y``, ``h_n`` and the LSTM's ``c_n``.
+
 ``<cell>_advance(Tensor x, Tensor(a!) h, Tensor(b!)? c, Tensor[] weights, Tensor? batch_sizes, int
 directions, Tensor(c!) y) -> ()`` is the forward op without saving and without allocation: the states,
 ``h0`` and ``c0`` of the forward op, are updated in place, and ``y`` is written to.
@@ -74,6 +77,21 @@ def _cudnn_rnn_precision() -> str:
 
 # torch.compiler.assume_constant_result without its import of torch._dynamo, which takes seconds.
 _cudnn_rnn_precision._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def infer(
+    cell: str,
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    directions: int,
+) -> Any:
+    """``y, h_n`` and the LSTM's ``c_n`` of a layer, nothing saved, in as few Python steps as it takes."""
+    if x.is_cpu:
+        return inference[cell](x, h0, c0, weights, batch_sizes, directions)
+    return eager[cell](x, h0, c0, weights, batch_sizes, directions, False, tf32(x))
 
 
 def _fake_forward(
@@ -151,6 +169,12 @@ def _fake_backward(
     return gradient(0, x), gradient(1, h0), gradient(2, c0), dweights
 
 
+def _inference(cell: str, *arguments: Any) -> list[Tensor]:
+    """An inference op by its forward op."""
+    results = forward[cell](*arguments, False)
+    return list(results[: 3 if cell == "lstm" else 2])
+
+
 def _advance(
     cell: str,
     x: Tensor,
@@ -186,6 +210,13 @@ def _vmap_forward(cell: str, info: Any, dims: Any, *arguments: Any) -> Any:
     return vmap.rule(forward[cell], info.batch_size, dims, arguments, places, (*vmap.STATES, *vmap.SAVED))
 
 
+def _vmap_inference(cell: str, info: Any, dims: Any, *arguments: Any) -> Any:
+    """The vmap rule of an inference op."""
+    results, result_dims = _vmap_forward(cell, info, (*dims, None), *arguments, False)
+    count = 3 if cell == "lstm" else 2
+    return list(results[:count]), list(result_dims[:count])
+
+
 def _vmap_backward(cell: str, info: Any, dims: Any, *arguments: Any) -> Any:
     """The vmap rule of a backward op."""
     weights = [vmap.NOWHERE] * len(arguments[7])
@@ -197,7 +228,9 @@ def _vmap_backward(cell: str, info: Any, dims: Any, *arguments: Any) -> Any:
 
 _load()
 forward = {cell: getattr(torch.ops.fusedrnn, cell).default for cell in CELLS}
-eager = {cell: op._op for cell, op in forward.items()}  # without OpOverload's Python frame
+# Without OpOverload's Python frame:
+eager = {cell: op._op for cell, op in forward.items()}
+inference = {cell: getattr(torch.ops.fusedrnn, f"{cell}_inference").default._op for cell in CELLS}
 advance = {cell: getattr(torch.ops.fusedrnn, f"{cell}_advance").default._op for cell in CELLS}
 backward = {cell: getattr(torch.ops.fusedrnn, f"{cell}_backward").default for cell in CELLS}
 segments = torch.ops.fusedrnn.segments.default
@@ -205,7 +238,9 @@ torch.library.register_fake("fusedrnn::segments", _fake_segments)
 for _cell in CELLS:
     torch.library.register_fake(f"fusedrnn::{_cell}", partial(_fake_forward, _cell))
     torch.library.register_fake(f"fusedrnn::{_cell}_backward", partial(_fake_backward, _cell))
+    torch.library.register_fake(f"fusedrnn::{_cell}_inference", partial(_inference, _cell))
     torch.library.register_fake(f"fusedrnn::{_cell}_advance", partial(_advance, _cell))
     torch.library.impl(f"fusedrnn::{_cell}_advance", "CUDA", partial(_advance, _cell))
     torch.library.register_vmap(f"fusedrnn::{_cell}", partial(_vmap_forward, _cell))
+    torch.library.register_vmap(f"fusedrnn::{_cell}_inference", partial(_vmap_inference, _cell))
     torch.library.register_vmap(f"fusedrnn::{_cell}_backward", partial(_vmap_backward, _cell))

@@ -34,8 +34,15 @@ def forward_and_backward(case, device):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_forward(name, options, device):
     arguments, _ = forward_and_backward(variant(name, **options), device)
+    cell = name.removesuffix("_proj")
     for save in (False, True):
-        check(layer_op(name.removesuffix("_proj")).default, (*arguments, save))
+        check(layer_op(cell).default, (*arguments, save))
+    if device.type == "cpu":
+        inference = getattr(torch.ops.fusedrnn, f"{cell}_inference").default
+        check(inference, arguments)
+        found, expected = inference(*arguments), layer_op(cell)(*arguments, False)
+        assert len(found) == (3 if cell == "lstm" else 2)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=False))
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=identifier)

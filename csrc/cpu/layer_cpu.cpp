@@ -105,6 +105,22 @@ ForwardResult forward(const Layer& l, const Tensor& x_, const MaybeTensor& h0_, 
   return results;
 }
 
+// The results there are, and no others: y, h_n and the LSTM's c_n. For one small step, empty tensors cost as much.
+template <class Cell, class S>
+std::vector<Tensor> infer(const Layer& l, const Tensor& x, const MaybeTensor& h0, const MaybeTensor& c0,
+                          const std::vector<Tensor>& weights) {
+  const Tensor y = empty_large(l.y_shape(), l.dtype, x), h_n = empty(l.h_shape(), l.dtype, x);
+  const Tensor c_n = l.has_c ? empty(l.c_shape(), l.dtype, x) : h_n;
+  if (nothing_to_do(l)) {
+    copy_or_zero(y, {});
+    copy_or_zero(h_n, state_without_work(l, h0));
+    if (l.has_c) copy_or_zero(c_n, c0);
+  } else {
+    run_forward<Cell, S>(l, dense_columns(x), dense(h0), dense(c0), dense(weights), false, {y, h_n, c_n, y, y});
+  }
+  return l.has_c ? std::vector<Tensor>{y, h_n, c_n} : std::vector<Tensor>{y, h_n};
+}
+
 // The states are both where the kernel begins and what it leaves: it reads an entry's before it writes it.
 template <class Cell, class S>
 void advance(const Layer& l, const Tensor& x, const Tensor& h, const MaybeTensor& c, const std::vector<Tensor>& weights,
@@ -206,6 +222,19 @@ ForwardResult forward_op(const Tensor& x, const MaybeTensor& h0, const MaybeTens
 }
 
 template <class Cell>
+std::vector<Tensor> inference_op(const Tensor& x, const MaybeTensor& h0, const MaybeTensor& c0,
+                                 const std::vector<Tensor>& weights, const MaybeTensor& batch_sizes,
+                                 int64_t directions) {
+  Layer l = Layer::of<Cell>(x, h0, c0, weights, batch_sizes, directions);
+  if (l.dtype == ScalarType::Double) return infer<Cell, double>(l, x, h0, c0, weights);
+  if (l.dtype == ScalarType::BFloat16) return infer<Cell, bf16>(l, x, h0, c0, weights);
+  if (l.dtype == ScalarType::Float) return infer<Cell, float>(l, x, h0, c0, weights);
+  l.dtype = ScalarType::Float;
+  const auto f = [&](const auto& t) { return cast(t, l.dtype); };
+  return cast(infer<Cell, float>(l, f(x), f(h0), f(c0), f(weights)), ScalarType::Half);
+}
+
+template <class Cell>
 void advance_op(const Tensor& x, Tensor h, std::optional<Tensor> c, const std::vector<Tensor>& weights,
                 const MaybeTensor& batch_sizes, int64_t directions, Tensor y) {
   Layer l = Layer::of<Cell>(x, h, c, weights, batch_sizes, directions);
@@ -248,6 +277,10 @@ STABLE_TORCH_LIBRARY_IMPL(fusedrnn, CPU, m) {
   m.impl("gru", TORCH_BOX(&forward_op<GRU>));
   m.impl("rnn_tanh", TORCH_BOX(&forward_op<RNNTanh>));
   m.impl("rnn_relu", TORCH_BOX(&forward_op<RNNRelu>));
+  m.impl("lstm_inference", TORCH_BOX(&inference_op<LSTM>));
+  m.impl("gru_inference", TORCH_BOX(&inference_op<GRU>));
+  m.impl("rnn_tanh_inference", TORCH_BOX(&inference_op<RNNTanh>));
+  m.impl("rnn_relu_inference", TORCH_BOX(&inference_op<RNNRelu>));
   m.impl("lstm_advance", TORCH_BOX(&advance_op<LSTM>));
   m.impl("gru_advance", TORCH_BOX(&advance_op<GRU>));
   m.impl("rnn_tanh_advance", TORCH_BOX(&advance_op<RNNTanh>));
