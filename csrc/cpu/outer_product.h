@@ -135,12 +135,14 @@ class OuterProduct {
   static void pack_b(const Scratch& scratch, int64_t panel, int64_t first, int64_t k, int64_t N) {
     S* to = scratch.b + panel * width * scratch.block_k;
     const int64_t valid = std::min<int64_t>(width, N - first);
-    for (int64_t i = 0; i < round_up(k, step); ++i) {
-      S* d = to + i / step * width * step + i % step;
-      if (i < k && valid == width)
-        for (int j = 0; j < width; ++j) d[j * step] = scratch.rows[i][first + j];
+    for (int64_t i = 0; i < k; i += step, to += width * step) {
+      const S* row[step];
+      for (int e = 0; e < step; ++e) row[e] = scratch.rows[std::min(i + e, k - 1)] + first;
+      if (valid == width && i + step <= k)
+        for (int j = 0; j < width; j += w) store_operand(to + j * step, interleave<S>(row, j));
       else
-        for (int j = 0; j < width; ++j) d[j * step] = i < k && j < valid ? scratch.rows[i][first + j] : S{};
+        for (int j = 0; j < width; ++j)
+          for (int e = 0; e < step; ++e) to[j * step + e] = i + e < k && j < valid ? row[e][j] : S{};
     }
   }
 
@@ -153,19 +155,22 @@ class OuterProduct {
 
   template <class Tile>
   static void pack_a_rows(const S* from, int64_t lda, int64_t k, S* to, Tile tile) {
-    for (int64_t i = 0; i < k; i += step, to += tile * step)
-      for (int j = 0; j < tile; ++j) {
-        to[j * step] = from[i * lda + j];
-        if constexpr (step == 2) to[j * step + 1] = i + 1 < k ? from[(i + 1) * lda + j] : S{};
-      }
+    const int64_t whole = k / step * step;
+    for (int64_t i = 0; i < whole; i += step, to += tile * step)
+      for (int j = 0; j < tile; ++j)
+        for (int e = 0; e < step; ++e) to[j * step + e] = from[(i + e) * lda + j];
+    if (whole < k)  // an odd number of rows: the pair's second element is 0
+      for (int j = 0; j < tile; ++j) to[j * step] = from[whole * lda + j], to[j * step + 1] = S{};
   }
 
   void add_sums(const S* from, int64_t lda, int64_t k) {
     for (int64_t j = 0; j < m_.size(); j += w) {
       const int64_t valid = std::min<int64_t>(w, m_.size() - j);
-      AccVec<S> total{};
-      for (int64_t i = 0; i < k; ++i) total += load(from + i * lda + j, valid);
-      store(sums_ + j, load(sums_ + j, valid) + total, valid);
+      with_lanes<w>(valid, [&](auto n) __attribute__((always_inline)) {
+        AccVec<S> total{};
+        for (int64_t i = 0; i < k; ++i) total += load(from + i * lda + j, n);
+        store(sums_ + j, load(sums_ + j, n) + total, n);
+      });
     }
   }
 

@@ -105,6 +105,26 @@ FUSEDRNN_INLINE Operand<S> load_operand(const S* p, int64_t n = lanes<S> * k_ste
   return v;
 }
 
+template <class S>
+FUSEDRNN_INLINE void store_operand(S* p, Operand<S> v) {
+  *reinterpret_cast<Unaligned<Operand<S>>*>(p) = v;
+}
+
+// Lane l has the elements j + l of k_step rows.
+template <class S>
+FUSEDRNN_INLINE Operand<S> interleave(const S* const* rows, int64_t j) {
+  if constexpr (k_step<S> == 1) {
+    return load_operand(rows[0] + j);
+  } else {
+    using Half = Vec<uint16_t, lanes<S>>;
+    using Pairs = Vec<uint32_t, lanes<S>>;
+    const auto widen = [](const S* p) {
+      return __builtin_convertvector(*reinterpret_cast<const Unaligned<Half>*>(p), Pairs);
+    };
+    return (Operand<S>)(widen(rows[0] + j) | widen(rows[1] + j) << 16);
+  }
+}
+
 // The k_step elements at p, in every lane. As integers: 0 + x is not x for a float, and the compiler would add.
 template <class S>
 FUSEDRNN_INLINE Operand<S> broadcast(const S* p) {
