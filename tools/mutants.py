@@ -57,7 +57,6 @@ MUTANTS = [
         "cluster.cuh",
         *swap("slot = h + {} * inbox", "inbox.buffer()", "(1 - inbox.buffer())"),
     ),
-    ("cluster: drh has one buffer", "cluster.cuh", "outbox + (s & 1) * outbox_vectors", "outbox"),
     ("cluster: expects too few bytes", "cluster.cuh", "mine * pairs * shape.blocks", "mine * pairs"),
     ("cluster: parts of dh go to the wrong place", "cluster.cuh", "(rank * own + unit", "(to * own + unit"),
     ("large products ignore TF32", "layer_cuda.cu", "if (left && right &&", "if (false && left && right &&"),
