@@ -26,7 +26,7 @@ int64_t weights_bytes(const PlanRequest& r, TileShape shape) {
 
 // The division among about so many blocks; shared_bytes is 0 where their threads are too few.
 ClusterShape cluster_shape(const PlanRequest& r, int64_t blocks) {
-  const int64_t groups_of_all = ceil_div(r.H, block_units);
+  const int64_t groups_of_all = std::max<int64_t>(ceil_div(r.H, block_units), 1);
   ClusterShape c{};
   c.groups = int(ceil_div(groups_of_all, blocks));
   c.blocks = int(ceil_div(groups_of_all, c.groups));               // none without units
