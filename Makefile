@@ -9,8 +9,9 @@ BENCH ?= --quick
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := pyproject.toml setup.py $(wildcard tools/*.py csrc/*.* csrc/*/*.*)
-CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh tests/cuda_host/*)
+CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh tests/cuda_host/* tests/amx_host/*)
 CUDA_HOST := tests/test_ops.py tests/test_ops_edges.py tests/test_cuda.py
+AMX := tests/test_amx.py tests/test_ops.py tests/test_ops_edges.py tests/test_threads.py
 SANITIZERS = $(foreach name,asan stdc++,$(shell $(CXX) -print-file-name=lib$(name).so))
 TORCH_STAMP := $(VENV)/.torch-$(shell printf %s '$(TORCH)' | tr -c 'A-Za-z0-9.' _)
 
@@ -76,6 +77,7 @@ UNDER_ASAN = PYTHONPATH=build/asan:tools LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS
 asan: $(VENV)/.dev
 	CXX="$(CXX)" FUSEDRNN_SANITIZE=address,undefined $(BIN)/python setup.py -q build --build-lib build/asan
 	$(UNDER_ASAN) --every 19 tests/test_ops.py tests/test_ops_edges.py $(ARGS)
+	$(UNDER_ASAN) -k 'test_amx or python_threads or (amx and bfloat16 and not all_options)' $(AMX) $(ARGS)
 	$(UNDER_ASAN) -p cuda_host --ops fusedrnn_cuda_host --every 83 $(CUDA_HOST) $(ARGS)
 
 # Every thread of a block is a fiber, in an order that differs from test to test.

@@ -28,9 +28,9 @@ class BackwardPass {
  public:
   BackwardPass(const Backward<S>& p, int threads) : p_(p), shape_(p.shape), threads_(threads), parts_(threads) {
     const auto [N, I, H, P] = std::array{shape_.N, shape_.I, shape_.H, shape_.P};
-    w_hh_ = {.K = G * H, .units = P, .columns = p.weights.w_hh, .shift = Cell::shared * H};
-    w_ih_ = {.K = G * H, .units = I, .columns = p.weights.w_ih, .shift = 0};
-    w_hr_ = {.K = P, .units = H, .columns = p.weights.w_hr, .shift = 0};
+    w_hh_ = {.K = G * H, .units = P, .columns = p.weights.w_hh, .shift = Cell::shared * H, .most_rows = N};
+    w_ih_ = {.K = G * H, .units = I, .columns = p.weights.w_ih, .shift = 0, .most_rows = shape_.rows()};
+    w_hr_ = {.K = P, .units = H, .columns = p.weights.w_hr, .shift = 0, .most_rows = N};
     // A cache line more: rows a power of two apart would all fall into the same few places of the cache.
     ldg_ = Slot::count * H + 64 / int64_t(sizeof(S));
     const int64_t chunk_rows = divide_into_chunks();

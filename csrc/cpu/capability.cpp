@@ -4,6 +4,12 @@
 #include <cstdlib>
 #include <cstring>
 
+#if defined(__linux__) && defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "kernels.h"
 
 namespace fusedrnn {
@@ -11,21 +17,43 @@ namespace {
 
 struct Capability {
   const char* name;
-  const Kernels* kernels;
+  Kernels kernels;
   bool (*supported)();
 };
 
+// The processor has tiles and their bfloat16 product, and Linux lets this process use them: their 8 KB of state a
+// thread must be asked for.
+[[maybe_unused]] bool amx_supported() {
+#if defined(FUSEDRNN_AMX_HOST)
+  return true;
+#elif defined(__linux__) && defined(__x86_64__)
+  constexpr unsigned amx_bf16 = 1u << 22, amx_tile = 1u << 24;
+  unsigned eax, ebx, ecx, edx;
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || (~edx & (amx_bf16 | amx_tile))) return false;
+  constexpr long request_permission = 0x1023, tile_data = 18;  // <asm/prctl.h>'s ARCH_REQ_XCOMP_PERM, since Linux 5.16
+  return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+#else
+  return false;
+#endif
+}
+
 // From the least to the most capable.
 constexpr Capability capabilities[] = {
-    {"default", &baseline::kernels, [] { return true; }},
+    {"default", {baseline::f32, baseline::f64, baseline::b16}, [] { return true; }},
 #if defined(__x86_64__)
-    {"avx2", &avx2::kernels, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
-    {"avx512", &avx512::kernels,
+    {"avx2",
+     {avx2::f32, avx2::f64, avx2::b16},
+     [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
+    {"avx512",
+     {avx512::f32, avx512::f64, avx512::b16},
      [] {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
      }},
-    {"avx512_bf16", &avx512_bf16::kernels, [] { return bool(__builtin_cpu_supports("avx512bf16")); }},
+    {"avx512_bf16",
+     {avx512::f32, avx512::f64, avx512_bf16::b16},
+     [] { return bool(__builtin_cpu_supports("avx512bf16")); }},
+    {"amx", {avx512::f32, avx512::f64, amx::b16}, amx_supported},
 #endif
 };
 constexpr int count = sizeof(capabilities) / sizeof(capabilities[0]);
@@ -56,7 +84,7 @@ std::atomic<int>& current() {
 
 }  // namespace
 
-const Kernels& cpu_kernels() { return *capabilities[current().load(std::memory_order_relaxed)].kernels; }
+const Kernels& cpu_kernels() { return capabilities[current().load(std::memory_order_relaxed)].kernels; }
 
 }  // namespace fusedrnn
 

@@ -16,9 +16,10 @@ class ForwardPass {
  public:
   ForwardPass(const Forward<S>& p, int threads) : p_(p), shape_(p.shape), threads_(threads) {
     const auto [T, N, I, H, P] = std::array{shape_.T, shape_.N, shape_.I, shape_.H, shape_.P};
-    w_ih_ = {.K = I, .units = H, .gates = G, .rows = p.weights.w_ih, .bias = p.weights.b_ih};
-    w_hh_ = {.K = P, .units = H, .gates = G, .rows = p.weights.w_hh, .bias = p.weights.b_hh};
-    w_hr_ = {.K = H, .units = P, .rows = p.weights.w_hr};
+    w_ih_ = {
+        .K = I, .units = H, .gates = G, .rows = p.weights.w_ih, .bias = p.weights.b_ih, .most_rows = shape_.rows()};
+    w_hh_ = {.K = P, .units = H, .gates = G, .rows = p.weights.w_hh, .bias = p.weights.b_hh, .most_rows = N};
+    w_hr_ = {.K = H, .units = P, .rows = p.weights.w_hr, .most_rows = N};
     arena_.allocate([&, N = N, I = I, H = H, P = P](Arena& arena) {
       const int64_t rows = shape_.rows();
       const bool packed = rows >= min_rows_to_pack;

@@ -1,4 +1,4 @@
-// Defines the table of kernels of one instruction set. Included once by each kernels_<instruction set>.cpp.
+// Defines the tables of kernels of one instruction set. Included once by each kernels_<instruction set>.cpp.
 #pragma once
 
 #include "../cells/gru.h"
@@ -29,6 +29,7 @@ void forward_directions(const Forward<S>* p, int count, int threads) {
   Barrier half_barriers[2];
   for (int d = 0; d < count; ++d) passes[d] = new (memory[d]) Pass(p[d], threads);
   run_team(threads, [&](Member me) {
+    [[maybe_unused]] const MatrixUnit<S> in_use;
     run_directions(passes, count, me, half_barriers, [](Pass& pass, const Member& member) { pass.run(member); });
   });
   for (int d = 0; d < count; ++d) passes[d]->~Pass();
@@ -54,6 +55,7 @@ void backward(const Backward<S>* p, int count, int threads) {
     chunks = std::max(chunks, passes[d]->chunks());
   }
   run_team(threads, [&](Member me) {
+    [[maybe_unused]] const MatrixUnit<S> in_use;
     for (int64_t i = 0; i < chunks; ++i) {
       run_directions(passes, count, me, half_barriers,
                      [i](Pass& pass, const Member& member) { pass.steps(member, i); });
@@ -79,7 +81,11 @@ inline constexpr LayerKernels<S> layer_kernels = {forward<Cell, S>, backward<Cel
 
 #define FUSEDRNN_CELLS(S) \
   {layer_kernels<RNNTanh, S>, layer_kernels<RNNRelu, S>, layer_kernels<LSTM, S>, layer_kernels<GRU, S>}
-extern const Kernels kernels = {FUSEDRNN_CELLS(float), FUSEDRNN_CELLS(double), FUSEDRNN_CELLS(bf16)};
+#ifndef FUSEDRNN_ONLY_BF16
+extern const LayerKernels<float> f32[cell_kinds] = FUSEDRNN_CELLS(float);
+extern const LayerKernels<double> f64[cell_kinds] = FUSEDRNN_CELLS(double);
+#endif
+extern const LayerKernels<bf16> b16[cell_kinds] = FUSEDRNN_CELLS(bf16);
 #undef FUSEDRNN_CELLS
 
 }  // namespace fusedrnn::FUSEDRNN_ISA

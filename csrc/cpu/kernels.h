@@ -18,10 +18,11 @@ struct LayerKernels {
   ForwardPlan (*plan)(const Forward<S>* directions, int count, int threads);
 };
 
+// An instruction set's; each is [cell_kinds].
 struct Kernels {
-  LayerKernels<float> f32[cell_kinds];
-  LayerKernels<double> f64[cell_kinds];
-  LayerKernels<bf16> b16[cell_kinds];
+  const LayerKernels<float>* f32;
+  const LayerKernels<double>* f64;
+  const LayerKernels<bf16>* b16;
 
   template <class S>
   const LayerKernels<S>& of(CellKind cell) const {
@@ -34,18 +35,27 @@ struct Kernels {
   }
 };
 
-// One definition in each kernels_<instruction set>.cpp.
+// Defined in each kernels_<instruction set>.cpp.
+#define FUSEDRNN_KERNELS                             \
+  extern const LayerKernels<float> f32[cell_kinds];  \
+  extern const LayerKernels<double> f64[cell_kinds]; \
+  extern const LayerKernels<bf16> b16[cell_kinds];
 namespace baseline {
-extern const Kernels kernels;
+FUSEDRNN_KERNELS
 }
 namespace avx2 {
-extern const Kernels kernels;
+FUSEDRNN_KERNELS
 }
 namespace avx512 {
-extern const Kernels kernels;
+FUSEDRNN_KERNELS
 }
+#undef FUSEDRNN_KERNELS
+// What these add is for bfloat16 alone.
 namespace avx512_bf16 {
-extern const Kernels kernels;
+extern const LayerKernels<bf16> b16[cell_kinds];
+}
+namespace amx {
+extern const LayerKernels<bf16> b16[cell_kinds];
 }
 
 // The kernels in use: of the best instruction set that this processor has, unless set_cpu_capability chose a lower one.

@@ -7,7 +7,11 @@
 
 #include <algorithm>
 
+#ifdef __AMX_BF16__
+#include "amx_tile.h"
+#else
 #include "tile.h"
+#endif
 
 namespace fusedrnn::FUSEDRNN_ISA {
 
@@ -24,14 +28,15 @@ struct Matrix {
   const S* columns = nullptr;  // [K, units], one gate; row k of W is at columns + row_of(k) * units
   int64_t shift = 0;           // row_of(k) = (k + shift) modulo K: the backward pass orders gates by slots
   const S* bias = nullptr;     // [gates * units] or null
+  int64_t most_rows = 1;       // of a in any product, on whatever thread
   bool packed = false;
-  S* panels = nullptr;      // [panels][K / k_step][vectors * w][k_step] if packed
+  S* panels = nullptr;      // [panels][padded_K / k_step][vectors * w][k_step] if packed
   Acc<S>* start = nullptr;  // [panels * width]: the bias by panels, or zeros
 
   int units_per_panel() const { return std::max(1, max_vectors / gates) * w; }
   int width() const { return units_per_panel() * gates; }  // columns of a full panel
   int64_t panel_count() const { return divide_up(units, units_per_panel()); }
-  int64_t padded_K() const { return round_up(K, k_step<S>); }
+  int64_t padded_K() const { return round_up(K, MatrixUnit<S>::k_block); }
   int64_t first_unit(int64_t panel) const { return panel * units_per_panel(); }
   // Vectors of units in this panel: the last one can be narrower.
   int unit_vectors(int64_t panel) const {
@@ -72,13 +77,14 @@ struct Matrix {
                 [&](int64_t first, int m) { dot_panel(panel, m, a + first * lda, lda, s, out + first * ldo, ldo); });
       return;
     }
+    const Tiling<S>& tiling = MatrixUnit<S>::tiling(most_rows);
     const S* p = panels + panel * width() * padded_K();
     const int64_t blocks = divide_up(K * n * w * sizeof(S), k_block_bytes);
     for (int64_t i = 0, k = 0; i < blocks; ++i) {
-      const int64_t next = i + 1 == blocks ? K : round_up(K * (i + 1) / blocks, k_step<S>);
-      for_tiles(count, max_rows(n), [&](int64_t first, int m) {
+      const int64_t next = i + 1 == blocks ? K : round_up(K * (i + 1) / blocks, MatrixUnit<S>::k_block);
+      for_tiles(count, tiling.most_rows[n - 1], [&](int64_t first, int m) {
         Acc<S>* o = out + first * ldo;
-        tiles<S>[n - 1][m - 1](next - k, a + first* lda + k, lda, p + k* n* w, i ? o : s, i ? ldo : 0, o, ldo);
+        tiling.of[n - 1][m - 1](next - k, a + first * lda + k, lda, p + k * n * w, i ? o : s, i ? ldo : 0, o, ldo);
       });
       k = next;
     }
@@ -98,21 +104,20 @@ struct Matrix {
         if (r < valid) __builtin_prefetch(src + r * K + k + 4 * w * step);
       }
       transpose<S>(block);
-      for (int j = 0; j * step < count; ++j)
+      const int64_t padded = std::min<int64_t>(w * step, padded_K() - k);
+      for (int j = 0; j * step < padded; ++j)
         std::memcpy(dst + (k / step + j) * stride * step, &block[j], sizeof(block[j]));
     }
   }
 
   void pack_columns(S* dst, int64_t stride, const S* src, int64_t valid) const {
-    constexpr int step = k_step<S>;
-    for (int64_t k = 0; k < K; ++k) {
-      const S* s = src + (k + shift < K ? k + shift : k + shift - K) * units;
-      S* d = dst + k / step * stride * step + k % step;
-      for (int r = 0; r < w; ++r) d[r * step] = r < valid ? s[r] : S{};
+    const auto row = [&](int64_t k) {
+      return k < K ? src + (k + shift < K ? k + shift : k + shift - K) * units : nullptr;
+    };
+    for (int64_t k = 0; k < padded_K(); k += k_step<S>) {
+      const Operand<S> operand = load_columns(row(k), row(k + 1), valid);
+      std::memcpy(dst + k * stride, &operand, sizeof(operand));
     }
-    if (padded_K() == K) return;
-    S* d = dst + K / k_step<S> * stride * k_step<S> + 1;
-    for (int r = 0; r < w; ++r) d[r * k_step<S>] = S{};
   }
 
   void dot_panel(int64_t panel, int m, const S* a, int64_t lda, const Acc<S>* s, Acc<S>* out, int64_t ldo) const {

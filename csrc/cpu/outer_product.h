@@ -12,8 +12,12 @@ namespace fusedrnn::FUSEDRNN_ISA {
 template <class S>
 class OuterProduct {
   using A = Acc<S>;
-  static constexpr int w = lanes<S>, width = max_vectors * w, step = k_step<S>;
-  static constexpr int tile_m = max_rows(max_vectors);
+  using Unit = MatrixUnit<S>;
+  static constexpr int w = lanes<S>, width = max_vectors * w, step = k_step<S>, k_block = Unit::k_block;
+  static constexpr const TileRow<S>& kernels =
+      Unit::exists ? Unit::tiling(row_block).of[max_vectors - 1] : tiles<S, true>[max_vectors - 1];
+  static constexpr int tile_m =
+      Unit::exists ? Unit::tiling(row_block).most_rows[max_vectors - 1] : max_rows(max_vectors);
   static constexpr int64_t block_m = 8 * tile_m;
   static constexpr int group = 8;  // panels whose b stays in the second-level cache
   static constexpr int64_t b_budget = 512 * 1024 / sizeof(S);
@@ -35,13 +39,13 @@ class OuterProduct {
   struct Scratch {
     int64_t block_k = 0;       // rows that are multiplied at once
     S* b = nullptr;            // [panels of a group][block_k / step][width][step]
-    S* a = nullptr;            // [tiles][block_k / step][tile][step]
+    S* a = nullptr;            // [tiles][block_k / step][tile][step]; for a matrix unit [block_m][block_k]
     const S** rows = nullptr;  // [block_k]
 
     // For calls with up to `most_rows`, and products of up to N columns.
     void layout(Arena& arena, int64_t most_rows, int64_t N) {
       const int64_t columns = width * std::min<int64_t>(group, N / width + 2);  // two targets: two narrower panels
-      block_k = std::min<int64_t>(round_up(most_rows, step), std::clamp<int64_t>(b_budget / columns, 64, 256));
+      block_k = std::min<int64_t>(round_up(most_rows, k_block), std::clamp<int64_t>(b_budget / columns, 64, 256));
       b = arena.take<S>(block_k * columns);
       a = arena.take<S>(block_k * block_m);
       rows = arena.take<const S*>(block_k);
@@ -122,10 +126,11 @@ class OuterProduct {
         if constexpr (std::is_same_v<S, A>)
           if (target.in_place()) c = target.dw + row_of(m0) * target.N + column, ldc = target.N;
         for_tiles(count, tile_m, [&](int64_t i, int tile) {
-          tiles<S, true>[max_vectors - 1][tile - 1](
-              round_up(k, step), pack ? scratch.a + i* scratch.block_k : a + m0 + i, pack ? tile : lda,
-              scratch.b + (panel - some.begin)* width* scratch.block_k, first ? zeros_ : c + i* ldc, first ? 0 : ldc,
-              c + i* ldc, ldc);
+          A* to = c + i * ldc;
+          const int64_t packed_ld = Unit::exists ? scratch.block_k : tile;
+          kernels[tile - 1](round_up(k, k_block), pack ? scratch.a + i * scratch.block_k : a + m0 + i,
+                            pack ? packed_ld : lda, scratch.b + (panel - some.begin) * width * scratch.block_k,
+                            first ? zeros_ : to, first ? 0 : ldc, to, ldc);
         });
       });
     }
@@ -134,20 +139,20 @@ class OuterProduct {
   // Columns from `first` of the rows of b, which have N columns.
   static void pack_b(const Scratch& scratch, int64_t panel, int64_t first, int64_t k, int64_t N) {
     S* to = scratch.b + panel * width * scratch.block_k;
-    const int64_t valid = std::min<int64_t>(width, N - first);
-    for (int64_t i = 0; i < k; i += step, to += width * step) {
-      const S* row[step];
-      for (int e = 0; e < step; ++e) row[e] = scratch.rows[std::min(i + e, k - 1)] + first;
-      if (valid == width && i + step <= k)
-        for (int j = 0; j < width; j += w) store_operand(to + j * step, interleave<S>(row, j));
-      else
-        for (int j = 0; j < width; ++j)
-          for (int e = 0; e < step; ++e) to[j * step + e] = i + e < k && j < valid ? row[e][j] : S{};
-    }
+    const auto row = [&](int64_t i, int64_t column) {
+      return i < k && column < N ? scratch.rows[i] + column : nullptr;
+    };
+    for (int64_t i = 0; i < round_up(k, k_block); i += step)
+      for (int64_t j = first; j < first + width; j += w, to += w * step) {
+        const Operand<S> operand = load_columns(row(i, j), row(i + 1, j), std::min<int64_t>(w, N - j));
+        std::memcpy(to, &operand, sizeof(operand));
+      }
   }
 
   static void pack_a(const Scratch& scratch, const S* from, int64_t lda, int64_t k, int64_t first, int tile) {
-    if (tile == tile_m)
+    if constexpr (Unit::exists)
+      Unit::transpose_columns(from, lda, k, tile, scratch.a + first * scratch.block_k, scratch.block_k);
+    else if (tile == tile_m)
       pack_a_rows(from, lda, k, scratch.a + first * scratch.block_k, std::integral_constant<int, tile_m>{});
     else
       pack_a_rows(from, lda, k, scratch.a + first * scratch.block_k, tile);

@@ -69,20 +69,44 @@ void tile(int64_t K, const S* a, int64_t lda, const S* b, const Acc<S>* start, i
 template <class S>
 using TileFn = void (*)(int64_t, const S*, int64_t, const S*, const Acc<S>*, int64_t, Acc<S>*, int64_t);
 
+// The micro-kernels for n vectors: row[M - 1] is the one for M rows.
+template <class S>
+using TileRow = std::array<TileFn<S>, 16>;
+
 template <class S, int n, bool transposed, int... M>
-constexpr auto tile_row(std::integer_sequence<int, M...>) {
-  std::array<TileFn<S>, 14> row{};
+constexpr TileRow<S> tile_row(std::integer_sequence<int, M...>) {
+  TileRow<S> row{};
   ((row[M] = tile<S, M + 1, n, transposed>), ...);
   return row;
 }
 
 // tiles[n - 1][M - 1]
 template <class S, bool transposed = false>
-inline constexpr std::array<std::array<TileFn<S>, 14>, max_vectors> tiles = {
+inline constexpr std::array<TileRow<S>, max_vectors> tiles = {
     tile_row<S, 1, transposed>(std::make_integer_sequence<int, max_rows(1)>{}),
     tile_row<S, 2, transposed>(std::make_integer_sequence<int, max_rows(2)>{}),
     tile_row<S, 3, transposed>(std::make_integer_sequence<int, max_rows(3)>{}),
     tile_row<S, 4, transposed>(std::make_integer_sequence<int, max_rows(4)>{}),
+};
+
+// What products run on: micro-kernels, and the most rows that they take.
+template <class S>
+struct Tiling {
+  std::array<TileRow<S>, max_vectors> of;  // of[n - 1][M - 1]
+  std::array<int, max_vectors> most_rows;  // [n - 1]
+};
+template <class S>
+inline constexpr Tiling<S> vector_tiling = {tiles<S>, {max_rows(1), max_rows(2), max_rows(3), max_rows(4)}};
+
+// The processor's unit for products of whole matrices of S; where there is one (amx_tile.h), it is a specialisation. An
+// object of it lives as long as a thread multiplies.
+template <class S>
+struct MatrixUnit {
+  static constexpr bool exists = false;
+  static constexpr int k_block = k_step<S>;  // K of a panel is a multiple of it, padded with zeros
+  // For products of up to `rows` rows. It must not follow from how rows are divided among threads: another tiling's
+  // sums have another order.
+  static constexpr const Tiling<S>& tiling(int64_t /*rows*/) { return vector_tiling<S>; }
 };
 
 // Calls f(first, count) for runs of at most `most` rows out of `rows`, as even as possible.

@@ -105,23 +105,22 @@ FUSEDRNN_INLINE Operand<S> load_operand(const S* p, int64_t n = lanes<S> * k_ste
   return v;
 }
 
+// n columns of k_step rows, a column in each lane; the other lanes are 0, and so is a row that is null.
 template <class S>
-FUSEDRNN_INLINE void store_operand(S* p, Operand<S> v) {
-  *reinterpret_cast<Unaligned<Operand<S>>*>(p) = v;
-}
-
-// Lane l has the elements j + l of k_step rows.
-template <class S>
-FUSEDRNN_INLINE Operand<S> interleave(const S* const* rows, int64_t j) {
+FUSEDRNN_INLINE Operand<S> load_columns(const S* row, [[maybe_unused]] const S* next, int64_t n) {
   if constexpr (k_step<S> == 1) {
-    return load_operand(rows[0] + j);
+    return row ? load_operand(row, n) : Operand<S>{};
   } else {
-    using Half = Vec<uint16_t, lanes<S>>;
-    using Pairs = Vec<uint32_t, lanes<S>>;
-    const auto widen = [](const S* p) {
-      return __builtin_convertvector(*reinterpret_cast<const Unaligned<Half>*>(p), Pairs);
+    constexpr int w = lanes<S>;
+    const auto half = [n](const S* p) __attribute__((always_inline)) {
+      Vec<uint16_t, w> v{};
+      if (p && n == w)
+        std::memcpy(&v, p, sizeof(v));
+      else if (p)
+        std::memcpy(&v, p, n * sizeof(S));
+      return __builtin_convertvector(v, Vec<uint32_t, w>);
     };
-    return (Operand<S>)(widen(rows[0] + j) | widen(rows[1] + j) << 16);
+    return (Operand<S>)(half(row) | half(next) << 16);
   }
 }
 
