@@ -1,5 +1,5 @@
 // The backward pass of one direction of a layer: step by step in reverse, dh = drh(t + 1) W_hh + dy and the cell's
-// backward on it, tile by tile; after the last step the input's and the weights' gradients as large products.
+// backward on it, tile by tile; after each chunk of steps the input's and the weights' gradients as large products.
 #pragma once
 
 #include "outer_product.h"
