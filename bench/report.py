@@ -41,7 +41,7 @@ def tables(results: Results, with_targets: bool) -> list[Table]:
     made = []
     for name, rows in results.groups():
         made.append(_times(name, rows, results, with_targets))
-        if any(entry.first_ms is not None for row in rows for entry in row.entries.values()):
+        if any(entry.peak_mib is not None for row in rows for entry in row.entries.values()):
             made.append(_first_use(name, rows, results))
     return made
 
