@@ -43,7 +43,7 @@ class BackwardPass {
       layout_matrix(arena, w_hr_, shape_.projected);
       groups_.layout(arena, threads_);
       dgates_ = arena.take<S>(chunk_rows * ldg_);
-      border_ = arena.take<S>(bounds_.size() > 2 ? N * ldg_ : 0);
+      border_ = arena.take<S>(chunks() > 1 ? N * ldg_ : 0);
       dh_projected_ = arena.take<S>(shape_.projected ? chunk_rows * P : 0);
       dh_ = arena.take<A>(N * P);
       dc_ = arena.take<A>(Cell::has_c ? N * H : 0);

@@ -52,6 +52,12 @@ bool nothing_to_do(const Layer& l) { return l.rows == 0 || l.H == 0; }
 
 // No step: the state (or its gradient) stays as it was. No unit: a projection of nothing, which is 0.
 MaybeTensor state_without_work(const Layer& l, const MaybeTensor& state) { return l.rows == 0 ? state : MaybeTensor(); }
+void results_without_work(const Layer& l, const MaybeTensor& h0, const MaybeTensor& c0, const ForwardResult& results) {
+  const auto& [y, h_n, c_n, gates, cells] = results;
+  copy_or_zero(y, {});
+  copy_or_zero(h_n, state_without_work(l, h0));
+  if (l.has_c) copy_or_zero(c_n, c0);
+}
 
 // The kernel on tensors that are dense as it needs them, into the results.
 template <class Cell, class S>
@@ -94,14 +100,11 @@ ForwardResult forward(const Layer& l, const Tensor& x_, const MaybeTensor& h0_, 
   const Tensor c_n = empty(l.has_c ? l.c_shape() : none, l.dtype, x);
   const Tensor gates = empty_large(save ? l.gates_shape() : none, l.dtype, x);
   const Tensor cells = empty_large(save && l.has_c ? l.cells_shape() : none, l.accumulator(), x);
-  if (nothing_to_do(l)) {
-    copy_or_zero(y, {});
-    copy_or_zero(h_n, state_without_work(l, h0));
-    copy_or_zero(c_n, c0);
-    return {y, h_n, c_n, gates, cells};
-  }
-  ForwardResult results{y, h_n, c_n, gates, cells};
-  run_forward<Cell, S>(l, x, h0, c0, weights, save, results);
+  const ForwardResult results{y, h_n, c_n, gates, cells};
+  if (nothing_to_do(l))
+    results_without_work(l, h0, c0, results);
+  else
+    run_forward<Cell, S>(l, x, h0, c0, weights, save, results);
   return results;
 }
 
@@ -111,13 +114,11 @@ std::vector<Tensor> infer(const Layer& l, const Tensor& x, const MaybeTensor& h0
                           const std::vector<Tensor>& weights) {
   const Tensor y = empty_large(l.y_shape(), l.dtype, x), h_n = empty(l.h_shape(), l.dtype, x);
   const Tensor c_n = l.has_c ? empty(l.c_shape(), l.dtype, x) : h_n;
-  if (nothing_to_do(l)) {
-    copy_or_zero(y, {});
-    copy_or_zero(h_n, state_without_work(l, h0));
-    if (l.has_c) copy_or_zero(c_n, c0);
-  } else {
-    run_forward<Cell, S>(l, dense_columns(x), dense(h0), dense(c0), dense(weights), false, {y, h_n, c_n, y, y});
-  }
+  const ForwardResult results{y, h_n, c_n, y, y};
+  if (nothing_to_do(l))
+    results_without_work(l, h0, c0, results);
+  else
+    run_forward<Cell, S>(l, dense_columns(x), dense(h0), dense(c0), dense(weights), false, results);
   return l.has_c ? std::vector<Tensor>{y, h_n, c_n} : std::vector<Tensor>{y, h_n};
 }
 

@@ -47,6 +47,15 @@ FUSEDRNN_DEVICE Vector* far_weights() {
   return reinterpret_cast<Vector*>(shared_memory() + Tile::sums_bytes);
 }
 
+// What a tile multiplies by: the rows of the recurrent weights, or what it keeps of them on the chip (`resident`).
+template <class Tile, bool resident, class RowOfA>
+FUSEDRNN_DEVICE auto recurrent_weights(const RowOfA& rows, int64_t K) {
+  if constexpr (resident)
+    return Tile::keep(far_weights<Tile>(), rows, K);
+  else
+    return rows;
+}
+
 // h W_hh^T of all gates, then the cell.
 template <class Cell, class Math, int n_tiles, int n_warps>
 struct ForwardStep {
@@ -120,12 +129,7 @@ forward_kernel(const Forward<typename Math::Storage> p) {
   const auto& d = p.direction[at.direction];
   Meeting meeting(d.arrivals);
   const typename Step::W_hh rows{p, d, at.unit};
-  const auto w_hh = [&] {
-    if constexpr (resident)
-      return Tile::keep(far_weights<Tile>(), rows, d.w_hh.row);
-    else
-      return rows;
-  }();
+  const auto w_hh = recurrent_weights<Tile, resident>(rows, d.w_hh.row);
   typename Step::Cells cells(p, d, at, p.range.first);
   for (int64_t s = p.range.first; s < p.range.last; ++s) {
     if (cells.s != s) cells.fetch(s);
@@ -211,12 +215,7 @@ backward_kernel(const Backward<typename Math::Storage> p) {
   const auto& d = p.direction[at.direction];
   Meeting meeting(d.arrivals);
   const typename Step::W_hh rows{p, d, at.unit};
-  const auto w_hh = [&] {
-    if constexpr (resident)
-      return Tile::keep(far_weights<Tile>(), rows, d.w_hh.row);
-    else
-      return rows;
-  }();
+  const auto w_hh = recurrent_weights<Tile, resident>(rows, d.w_hh.row);
   typename Step::Cells cells(p, d, at, p.range.last - 1);
   for (int64_t s = p.range.last - 1; s >= p.range.first; --s) {
     if (cells.s != s) cells.fetch(s);
