@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import gc
 from pathlib import Path
 
 import torch
@@ -71,7 +72,7 @@ def check(model: nn.Module, alone: Classifier, x: Tensor, target: Tensor) -> Non
         torch.testing.assert_close(whole(q.grad), p.grad)
 
 
-def main() -> None:
+def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--strategy", choices=["ddp", "fsdp"], default="ddp")
@@ -82,17 +83,17 @@ def main() -> None:
     add("--hidden", type=int, default=64)
     add("--check", action="store_true", help="compare the gradients of every step with a single process's")
     add("--checkpoint", type=Path, help="where to save the model and the optimizer's state in the end")
-    args = parser.parse_args()
+    return parser.parse_args()
 
-    dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+
+def train(args: argparse.Namespace) -> None:
     rank, processes = dist.get_rank(), dist.get_world_size()
-    device = (
-        torch.device(args.device, rank % torch.cuda.device_count()) if args.device == "cuda" else torch.device("cpu")
-    )
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     if args.batch % processes:
-        parser.error(f"--batch {args.batch} does not divide among {processes} processes")
+        raise SystemExit(f"--batch {args.batch} does not divide among {processes} processes")
+    device = torch.device(args.device)
+    if device.type == "cuda":
+        device = torch.device("cuda", rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
 
     torch.manual_seed(0)
     model = Classifier(args.hidden).to(device)
@@ -114,6 +115,16 @@ def main() -> None:
         dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=args.checkpoint)
     if rank == 0:
         print(f"{args.strategy}, {processes} processes, {device.type}: loss {loss.item():.3f}")
+
+
+def main() -> None:
+    args = parse_args()
+    dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+    train(args)
+    # The last to let go of a gloo group waits for its threads, and they may wait for Python's lock: that must not be a
+    # DistributedDataParallel, which holds it. At the barrier they drop the tensors that they had sent.
+    gc.collect()
+    dist.barrier()
     dist.destroy_process_group()
 
 

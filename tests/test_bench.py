@@ -86,7 +86,7 @@ def test_command(tmp_path):
     options = ["--quick", "--shapes", "1x1x8", "--cells", "LSTM", "--dtypes", "float32", "--threads", "1", "--targets"]
     options += ["--budget", "0.01", "--rounds", "2", "2", "--without", "onnxruntime,openvino", "--out", str(tmp_path)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([*bench, *options], cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run([*bench, *options], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
     groups = {"inference", "training", "step", "cells", "packed-inference", "packed-training"}
@@ -101,7 +101,12 @@ def test_command(tmp_path):
     assert len(lines) == 1 + sum(len(row["entries"]) for row in rows)
     assert "first call" in (tmp_path / "tables.md").read_text()
     compared = subprocess.run(
-        [*bench, "compare", str(tmp_path), str(tmp_path)], cwd=ROOT, env=environment, capture_output=True, text=True
+        [*bench, "compare", str(tmp_path), str(tmp_path)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert "geometric mean, fusedrnn: 1.000" in compared.stdout, compared.stderr
 

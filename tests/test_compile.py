@@ -303,7 +303,7 @@ def test_aot_inductor(device, tmp_path):
     names = ["libfusedrnn", *(["libfusedrnn_cuda"] if device.type == "cuda" else [])]
     libraries = [str(ops._LIB / f"{name}{ops._SUFFIX}") for name in names]
     command = [sys.executable, "-c", RUN_PACKAGE, str(inputs), str(outputs), package, *libraries]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     for x, found in zip(xs, torch.load(outputs), strict=True):
         expected = model(x)

@@ -42,7 +42,8 @@ def checkpoint(request, tmp_path_factory):
         "--hidden",
         "5",
     ]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr
     assert f"{request.param}, {processes} processes" in done.stdout
     return folder
