@@ -14,6 +14,7 @@ namespace py = pybind11;
 // libfusedrnn.so. To set returns 0, or nonzero for a name that it doesn't know or the CPU lacks.
 extern "C" const char* fusedrnn_cpu_capability();
 extern "C" int fusedrnn_set_cpu_capability(const char* name);
+extern "C" size_t fusedrnn_release_memory();
 
 namespace {
 
@@ -85,6 +86,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info, "What was built: version, compiler, torch's version, instruction sets, CUDA.");
   m.def("cpu_capability", &fusedrnn_cpu_capability, "The instruction set that the CPU kernels use.");
   m.def("set_cpu_capability", &set_cpu_capability, py::arg("name"), "Makes the CPU kernels use an instruction set.");
+  m.def("release_memory", &fusedrnn_release_memory,
+        "Gives the memory that ops on the CPU keep for later ones back to the system; returns how many bytes it was.");
   m.def("cpu_plan", &cpu_plan, py::kw_only(), py::arg("cell"), py::arg("dtype"), py::arg("T"), py::arg("N"),
         py::arg("I"), py::arg("H"), py::arg("P"), py::arg("directions"), py::arg("projected"),
         "How a padded layer would run on the CPU.");

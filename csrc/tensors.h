@@ -7,18 +7,26 @@
 
 namespace fusedrnn {
 
-// Uninitialised and contiguous, on like's device.
-inline Tensor empty(const std::vector<int64_t>& shape, ScalarType dtype, const Tensor& like) {
+inline std::vector<int64_t> contiguous_strides(const std::vector<int64_t>& shape) {
   std::vector<int64_t> strides(shape.size());
   int64_t stride = 1;
   for (size_t i = shape.size(); i-- > 0; stride *= std::max<int64_t>(shape[i], 1)) strides[i] = stride;
+  return strides;
+}
+
+inline int32_t code_of(ScalarType dtype) {
+  return torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+}
+
+// Uninitialised and contiguous, on like's device.
+inline Tensor empty(const std::vector<int64_t>& shape, ScalarType dtype, const Tensor& like) {
+  const std::vector<int64_t> strides = contiguous_strides(shape);
   AtenTensorHandle handle;
   int32_t device_type;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(int64_t(shape.size()), shape.data(), strides.data(),
-                               torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type,
-                               like.get_device_index(), &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(shape.size()), shape.data(), strides.data(),
+                                                         code_of(dtype), device_type, like.get_device_index(),
+                                                         &handle));
   return Tensor(handle);
 }
 

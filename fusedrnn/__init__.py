@@ -9,7 +9,7 @@ Derivatives of any order work; no gradient, no memory for one.
 """
 
 from . import functional, onnx, ops, reference
-from ._C import build_info
+from ._C import build_info, release_memory
 from .cells import GRUCell, LSTMCell, RNNCell
 from .convert import convert, patch
 from .explanation import explain
@@ -39,6 +39,7 @@ __all__ = [
     "patch",
     "profile_ranges",
     "reference",
+    "release_memory",
     "use_plan",
 ]
 __version__ = "0.1.0"

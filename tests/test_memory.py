@@ -1,8 +1,10 @@
 """Memory: inference keeps nothing, training keeps no more than torch.nn, and nothing is ever lost."""
 
 import gc
+import pickle
 import sys
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -116,6 +118,43 @@ def growth(call, repeat) -> int:
         if least < 1 << 20:
             break
     return least
+
+
+def train(module, x):
+    """All results and gradients of a call."""
+    y, (h_n, c_n) = module(x)
+    grads = torch.autograd.grad(y.square().sum(), [x, *module.parameters()])
+    return y.detach(), h_n.detach(), c_n.detach(), *grads
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_large_results_take_the_place_of_earlier_ones(device):
+    """And never that of one that somebody still has; torch.nn's results are of memory of their own."""
+    make = lambda library: library.LSTM(256, 256, device=device)  # noqa: E731
+    module, inputs = make(fusedrnn), [torch.randn(70, 64, 256, device=device, requires_grad=True) for _ in range(3)]
+    expected = make(nn)
+    expected.load_state_dict(module.state_dict())
+    with ThreadPoolExecutor(3) as threads:  # each gives back what another may take
+        for _ in range(2):
+            found = list(threads.map(lambda x: train(module, x), inputs))
+    for x, results in zip(inputs, found, strict=True):
+        for ours, theirs in zip(results, train(expected, x), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3 * theirs.abs().max().item())
+    y = found[0][0]
+    assert torch.equal(pickle.loads(pickle.dumps(y)), y)
+    assert torch.equal(y.clone().share_memory_(), y) and y.numpy(force=True)[0, 0, 0] == y[0, 0, 0]
+
+
+@pytest.mark.skipif(torch.__version__ < (2, 11), reason="torch makes no tensor of our memory")
+def test_memory_is_released():
+    """What results had, once they are gone; no more than once."""
+    fusedrnn.release_memory()
+    y, _ = fusedrnn.LSTM(8, 64)(torch.randn(1100, 16, 8))
+    size = y.untyped_storage().nbytes()
+    assert fusedrnn.release_memory() < size, "y is still there"
+    del y, _
+    assert fusedrnn.release_memory() > 6 * size, "of y, c and the gates"
+    assert fusedrnn.release_memory() == 0
 
 
 @linux

@@ -2,7 +2,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "../tensors.h"
-#include "arena.h"
+#include "kept_tensor.h"
 #include "kernels.h"
 #include "plan.h"
 #include "team.h"
@@ -82,13 +82,6 @@ void run_forward(const Layer& l, const Tensor& x, const MaybeTensor& h0, const M
   cpu_kernels().of<S>(kind_of<Cell>()).forward(p, int(D), threads_for(l));
 }
 
-// The forward pass writes all of it: y, the gates, the cells.
-Tensor empty_large(const std::vector<int64_t>& shape, ScalarType dtype, const Tensor& like) {
-  const Tensor t = empty(shape, dtype, like);
-  advise_huge_pages(t.data_ptr(), size_t(t.numel()) * t.element_size());
-  return t;
-}
-
 template <class Cell, class S>
 ForwardResult forward(const Layer& l, const Tensor& x_, const MaybeTensor& h0_, const MaybeTensor& c0_,
                       const std::vector<Tensor>& weights_, bool save) {
@@ -96,10 +89,10 @@ ForwardResult forward(const Layer& l, const Tensor& x_, const MaybeTensor& h0_, 
   const MaybeTensor h0 = dense(h0_), c0 = dense(c0_);
   const std::vector<Tensor> weights = dense(weights_);
   const std::vector<int64_t> none{0};
-  const Tensor y = empty_large(l.y_shape(), l.dtype, x), h_n = empty(l.h_shape(), l.dtype, x);
+  const Tensor y = empty_kept<S>(l.y_shape(), l.dtype, x), h_n = empty(l.h_shape(), l.dtype, x);
   const Tensor c_n = empty(l.has_c ? l.c_shape() : none, l.dtype, x);
-  const Tensor gates = empty_large(save ? l.gates_shape() : none, l.dtype, x);
-  const Tensor cells = empty_large(save && l.has_c ? l.cells_shape() : none, l.accumulator(), x);
+  const Tensor gates = empty_kept<S>(save ? l.gates_shape() : none, l.dtype, x);
+  const Tensor cells = empty_kept<Acc<S>>(save && l.has_c ? l.cells_shape() : none, l.accumulator(), x);
   const ForwardResult results{y, h_n, c_n, gates, cells};
   if (nothing_to_do(l))
     results_without_work(l, h0, c0, results);
@@ -112,7 +105,7 @@ ForwardResult forward(const Layer& l, const Tensor& x_, const MaybeTensor& h0_, 
 template <class Cell, class S>
 std::vector<Tensor> infer(const Layer& l, const Tensor& x, const MaybeTensor& h0, const MaybeTensor& c0,
                           const std::vector<Tensor>& weights) {
-  const Tensor y = empty_large(l.y_shape(), l.dtype, x), h_n = empty(l.h_shape(), l.dtype, x);
+  const Tensor y = empty_kept<S>(l.y_shape(), l.dtype, x), h_n = empty(l.h_shape(), l.dtype, x);
   const Tensor c_n = l.has_c ? empty(l.c_shape(), l.dtype, x) : h_n;
   const ForwardResult results{y, h_n, c_n, y, y};
   if (nothing_to_do(l))
@@ -149,7 +142,7 @@ BackwardResult backward(const Layer& l, const BackwardArguments& a, int64_t need
   const MaybeTensor h0 = dense(a.h0), c0 = dense(a.c0);
   const std::vector<Tensor> weights = dense(a.weights);
   const auto result = [&](int64_t bit, const std::vector<int64_t>& shape) {
-    return empty(needs & bit ? shape : std::vector<int64_t>{0}, l.dtype, x);
+    return empty_kept<S>(needs & bit ? shape : std::vector<int64_t>{0}, l.dtype, x);
   };
   const std::vector<int64_t> x_shape = {a.x.sizes().begin(), a.x.sizes().end()};
   const Tensor dx = result(need_dx, x_shape), dh0 = result(need_dh0, l.h_shape());

@@ -1,8 +1,10 @@
-#include "arena.h"
+#include "memory.h"
 
+#include <cstdint>
 #include <cstdlib>
 #include <mutex>
 #include <new>
+#include <utility>
 #include <vector>
 
 #ifdef __linux__
@@ -14,7 +16,12 @@ namespace {
 
 constexpr size_t huge_page = 2 << 20;
 
-// What is kept for later ops: fresh memory has to be cleared by the system, which takes as long as some ops do.
+#ifdef __SANITIZE_ADDRESS__
+constexpr bool keeps = false;  // use after free would go unseen
+#else
+constexpr bool keeps = true;
+#endif
+
 class Kept {
  public:
   // The smallest that has `size` bytes and not many more; or null.
@@ -36,11 +43,12 @@ class Kept {
 
   // False if it is not kept. The oldest make room.
   bool keep(Memory memory) {
+    if (!keeps || memory.size < least || memory.size > kept_bytes) return false;
     const std::unique_lock lock(mutex_, std::try_to_lock);
-    if (!lock || memory.size < least || memory.size > most) return false;
+    if (!lock) return false;
     total_ += memory.size;
     memories_.push_back(memory);
-    while (total_ > most) {
+    while (total_ > kept_bytes) {
       total_ -= memories_.front().size;
       std::free(memories_.front().base);
       memories_.erase(memories_.begin());
@@ -48,10 +56,17 @@ class Kept {
     return true;
   }
 
+  size_t release() {
+    const std::unique_lock lock(mutex_, std::try_to_lock);
+    if (!lock) return 0;
+    for (const Memory& memory : memories_) std::free(memory.base);
+    memories_.clear();
+    return std::exchange(total_, 0);
+  }
+
  private:
   static constexpr size_t least = 256 * 1024;  // less than that malloc keeps itself
-  static constexpr size_t most = kept_scratch_bytes;
-  std::mutex mutex_;  // only tried: a child forked while it was held must not wait for it
+  std::mutex mutex_;                           // only tried: a child forked while it was held must not wait for it
   std::vector<Memory> memories_;
   size_t total_ = 0;
 };
@@ -71,7 +86,7 @@ void advise_huge_pages([[maybe_unused]] void* p, [[maybe_unused]] size_t bytes) 
 #endif
 }
 
-Memory take_scratch(size_t bytes) {
+Memory take_memory(size_t bytes) {
   const size_t alignment = bytes < 2 * huge_page ? 64 : huge_page;
   const size_t size = (bytes / alignment + 1) * alignment;
   Memory memory = kept().take(size);
@@ -82,8 +97,15 @@ Memory take_scratch(size_t bytes) {
   return memory;
 }
 
-void give_scratch_back(Memory memory) {
-  if (memory.base && !kept().keep(memory)) std::free(memory.base);
+void give_back(Memory memory) {
+  if (!memory.base) return;
+#if defined(__linux__) && defined(MADV_FREE)
+  // Before anyone can take it: its contents are nobody's from here on.
+  if (keeps && memory.size >= 8 * huge_page) madvise(memory.base, memory.size, MADV_FREE);
+#endif
+  if (!kept().keep(memory)) std::free(memory.base);
 }
 
 }  // namespace fusedrnn
+
+size_t fusedrnn_release_memory() { return fusedrnn::kept().release(); }
