@@ -23,7 +23,8 @@ class BackwardPass {
   using V = AccVec<S>;
   using Slot = Slots<Cell>;
   static constexpr int w = lanes<S>, G = Cell::gates;
-  static constexpr int64_t chunk_bytes = 2 << 20, min_chunk_rows = 256, max_chunk_rows = 2048;
+  static constexpr int rows_ahead = 4;  // how early rows are fetched that were written long ago
+  static constexpr int64_t chunk_bytes = 512 << 10, min_chunk_rows = 256, max_chunk_rows = 2048;
 
  public:
   BackwardPass(const Backward<S>& p, int threads) : p_(p), shape_(p.shape), threads_(threads), parts_(threads) {
@@ -238,8 +239,10 @@ class BackwardPass {
       V sum{};
       if (in_block) sum = load(block + i * width + v * w);
       if (add_dh) sum += load(dh_ + (n + i) * P + unit, valid);
-      if (p_.dy.data) sum += load(p_.dy.at(shape_, t, n + i) + unit, valid);
-      return sum;
+      if (!p_.dy.data) return sum;
+      const S* dy = p_.dy.at(shape_, t, n + i) + unit;
+      __builtin_prefetch(dy + rows_ahead * p_.dy.row);
+      return sum + load(dy, valid);
     };
     if (!shape_.projected) return cell(w_hh_, panel, count, chunk, s, n, dh);
     for (int64_t i = 0; i < count; ++i)
@@ -268,9 +271,9 @@ class BackwardPass {
       S* dgates = drh(chunk, s, b);
       for (int v = 0; v < matrix.unit_vectors(panel); ++v) {
         const int64_t unit = matrix.first_unit(panel) + v * w;
-        // The next row's: the forward pass wrote them long ago.
-        for (int k = 0; k < Cell::saved; ++k) __builtin_prefetch(gates + p_.gates.row + k * H + unit);
-        if (Cell::has_c) __builtin_prefetch(c_prev + p_.cells.row + unit);
+        for (int k = 0; k < Cell::saved; ++k) __builtin_prefetch(gates + rows_ahead * p_.gates.row + k * H + unit);
+        if (Cell::has_c) __builtin_prefetch(c_prev + rows_ahead * p_.cells.row + unit);
+        if (Cell::reads_h) __builtin_prefetch(h_prev + rows_ahead * p_.y.row + unit);
         with_lanes<w>(H - unit, [&](auto valid) __attribute__((always_inline)) {
           V saved[Cell::saved + 1], dwx[G], drh[G];
           for (int k = 0; k < Cell::saved; ++k) saved[k] = load(gates + k * H + unit, valid);
