@@ -42,9 +42,7 @@ def test_empty(name, dtype, T, N, states, device, capability):
 
 
 @pytest.mark.parametrize("cell, P", [("lstm", 0), ("lstm", 2), ("gru", 0), ("rnn_tanh", 0)])
-def test_no_units(cell, P, device, capability, request):
-    if on_cuda_kernels(request.config):
-        pytest.skip("the CUDA kernels have no launch of nothing")
+def test_no_units(cell, P, device, capability):
     case = Case(cell, T=3, N=2, H=0, P=P, directions=2)
     inputs, gradients = make_inputs(case, device), make_gradients(case, device)
     assert_close_to_reference(ours(case, inputs, gradients), None, in_float64(case, inputs, gradients))
@@ -111,6 +109,15 @@ def test_state_gradients_without_states(name, device, capability):
     _, dh0, dc0, _ = backward(*gradients, *without.arguments(), y, gates, cells, needs)
     found = {"dh0": dh0, "dc0": dc0} if case.cell == "lstm" else {"dh0": dh0}
     assert_close_to_reference(found, None, {n: expected[n] for n in found})
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_an_op_called_with_parameters(name, device, capability):
+    """Without the autograd.Function, and with gradients on: what requires gradients is only numbers to an op."""
+    case = variant(name, T=4, N=3, H=19, directions=2)
+    inputs, gradients = make_inputs(case, device), make_gradients(case, device)
+    parameters = inputs.map(lambda t: t.clone().requires_grad_())
+    assert_same_bits(ours(case, parameters, gradients), ours(case, inputs, gradients))
 
 
 # ---- memory layouts ------------------------------------------------------------------------------

@@ -57,6 +57,7 @@ MUTANTS = [
         "cluster.cuh",
         *swap("slot = h + {} * inbox", "inbox.buffer()", "(1 - inbox.buffer())"),
     ),
+    ("cluster: drh goes where it may still be read", "cluster.cuh", "outbox + (s & 1) * outbox_vectors;", "outbox;"),
     ("cluster: expects too few bytes", "cluster.cuh", "mine * pairs * shape.blocks", "mine * pairs"),
     ("cluster: parts of dh go to the wrong place", "cluster.cuh", "(rank * own + unit", "(to * own + unit"),
     ("large products ignore TF32", "layer_cuda.cu", "if (left && right &&", "if (false && left && right &&"),

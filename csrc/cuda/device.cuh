@@ -232,7 +232,7 @@ class OnDevice {
  public:
   explicit OnDevice(int32_t index) : guard_(index) {
     void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
     stream_ = static_cast<Stream>(stream);
   }
   Stream stream() const { return stream_; }
@@ -252,16 +252,17 @@ inline Device device_facts() {
   return {processors, shared, major >= 9 ? 16 : 0};
 }
 
-// Lets a kernel have what a launch wants of it.
+// Lets a kernel have what a launch wants of it; never less than another thread's launch needs at the same time.
 template <class Params>
-void allow(void (*kernel)(Params), const Launch& l) {
+cudaError_t allow(void (*kernel)(Params), const Launch& l) {
+  cudaError_t error = cudaSuccess;
   if (l.shared_bytes > 48 * 1024) {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(l.shared_bytes)),
-          "cudaFuncSetAttribute");
+    const int most = int(device_facts().shared_bytes);
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
   }
-  if (l.cluster > 8) {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "cudaFuncSetAttribute");
-  }
+  if (l.cluster > 8 && error == cudaSuccess)
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  return error;
 }
 
 inline cudaLaunchConfig_t configuration(const Launch& l, Stream stream, cudaLaunchAttribute& attribute) {
@@ -285,28 +286,32 @@ inline cudaLaunchConfig_t configuration(const Launch& l, Stream stream, cudaLaun
 // Blocks that the whole device can run at the same time.
 template <class Params>
 int64_t resident_blocks(void (*kernel)(Params), const Launch& l) {
-  allow(kernel, l);
+  check(allow(kernel, l), "cudaFuncSetAttribute");
   int per_processor = 0;
   check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, kernel, l.threads, l.shared_bytes),
         "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
   return int64_t(per_processor) * device_facts().processors;
 }
 
-// Clusters that the whole device can run at the same time; 0 where they can't run.
+// Clusters that the whole device can run at the same time; 0 where they can't run, or the driver compiled the kernel
+// from PTX of an architecture without clusters, for which it is empty.
 template <class Params>
 int64_t resident_clusters(void (*kernel)(Params), const Launch& l) {
-  allow(kernel, l);
+  cudaFuncAttributes attributes{};
+  check(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes");
+  if (attributes.ptxVersion < 90) return 0;
   cudaLaunchAttribute attribute{};
   const cudaLaunchConfig_t config = configuration(l, nullptr, attribute);
   int clusters = 0;
-  if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) == cudaSuccess) return clusters;
+  if (allow(kernel, l) == cudaSuccess && cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) == cudaSuccess)
+    return clusters;
   cudaGetLastError();  // forgotten: another plan is taken
   return 0;
 }
 
 template <class Params>
 void launch(void (*kernel)(Params), const Launch& l, Stream stream, Params p) {
-  allow(kernel, l);
+  check(allow(kernel, l), "cudaFuncSetAttribute");
   cudaLaunchAttribute attribute{};
   const cudaLaunchConfig_t config = configuration(l, stream, attribute);
   void* arguments[] = {&p};
@@ -318,7 +323,7 @@ void launch(void (*kernel)(Params), const Launch& l, Stream stream, Params p) {
 inline bool multiply_tf32(float* out, int m, int n, int k, Factor a, Factor b) {
   if (!cublasGemmEx) return false;
   void* handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_get_current_cuda_blas_handle(&handle));
+  TORCH_ERROR_CODE_CHECK(torch_get_current_cuda_blas_handle(&handle));
   constexpr int success = 0, fast_tf32 = 77, default_algorithm = -1;  // cublas_api.h
   const float one = 1, zero = 0;
   // cuBLAS has columns where we have rows, so it computes out' = b' a'.

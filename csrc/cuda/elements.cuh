@@ -54,6 +54,7 @@ struct ForwardCells {
   int batch, next_batch;
   S wx[Place::count][gates] = {}, h[Place::count] = {};
   A c[Place::count] = {};
+  A bias[gates] = {}, b_hh[gates] = {};  // of the thread's one unit; b_hh is in bias where the sum will do
 
   // `first` is the launch's first step.
   FUSEDRNN_DEVICE ForwardCells(const Forward<S>& p, const ForwardDirection<S>& d, const Place& at, int64_t first)
@@ -61,6 +62,11 @@ struct ForwardCells {
     at.each(p.H, d.steps.N, [&](const Element& e) {
       if constexpr (Cell::reads_h) h[e.i] = d.h[first % 2].at(e.n)[e.unit];
       if constexpr (Cell::has_c) c[e.i] = d.c[e.n * p.H + e.unit];
+#pragma unroll
+      for (int g = 0; g < gates; ++g) {
+        bias[g] = value(d.b_ih, g * p.H + e.unit), b_hh[g] = value(d.b_hh, g * p.H + e.unit);
+        if (g < Cell::shared) bias[g] += b_hh[g];
+      }
     });
     fetch(first);
   }
@@ -89,8 +95,8 @@ struct ForwardCells {
     sums(rh);
 #pragma unroll
     for (int g = 0; g < gates; ++g) {
-      x[g] = widen(wx[e.i][g]) + value(d.b_ih, g * p.H + unit);
-      rh[g] += value(d.b_hh, g * p.H + unit);
+      x[g] = widen(wx[e.i][g]) + bias[g];
+      if (g >= Cell::shared) rh[g] += b_hh[g];
     }
     State<A> prev{};
     if constexpr (Cell::reads_h) prev.h = widen(h[e.i]);

@@ -55,6 +55,13 @@ std::optional<Factor> factor(const Tensor& t) {
   return Factor{data<const float>(t), int(pitch), turned != 0};
 }
 
+// The same numbers to autograd, which refuses an operation with `out` on what requires gradients.
+Tensor detached(const Tensor& t) {
+  std::array<StableIValue, 1> stack{stable::detail::from(t)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::detach", "", stack.data(), TORCH_ABI_VERSION));
+  return stable::detail::to<Tensor>(stack[0]);
+}
+
 // out = a b: in TF32 if that is Math's way, which torch's products do only where a switch of their own says so.
 // Autocast changes the dtype of matmul and sum, but leaves the variants with an output alone.
 template <class Math>
@@ -66,8 +73,9 @@ void multiply(const Tensor& out, const Tensor& a, const Tensor& b) {
       return;
     }
   }
-  std::array<StableIValue, 3> stack{stable::detail::from(a), stable::detail::from(b), stable::detail::from(out)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+  std::array<StableIValue, 3> stack{stable::detail::from(detached(a)), stable::detail::from(detached(b)),
+                                    stable::detail::from(out)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
   stable::detail::to<Tensor>(stack[0]);  // takes the result's reference off the stack
 }
 
@@ -89,6 +97,11 @@ Tensor stacked(const Layer& l, const std::vector<Tensor>& weights, int64_t index
   }
   return all;
 }
+
+bool nothing_to_do(const Layer& l) { return l.rows == 0 || l.H == 0; }
+
+// No step: the state (or its gradient) stays as it was. No unit: a projection of nothing, which is 0.
+MaybeTensor state_without_work(const Layer& l, const MaybeTensor& state) { return l.rows == 0 ? state : MaybeTensor(); }
 
 // Everything that one call of an op needs on its device.
 struct Call {
@@ -140,8 +153,9 @@ ForwardResult forward(const Layer& l, const Tensor& x, const MaybeTensor& h0_, c
   const Tensor c_n = empty(l.has_c ? l.c_shape() : none, l.dtype, x);
   const Tensor gates = empty(save ? l.gates_shape() : none, l.dtype, x);
   const Tensor cells = empty(save && l.has_c ? l.cells_shape() : none, l.accumulator(), x);
-  if (l.rows == 0) {  // no step: the state stays as it was
-    copy_or_zero(h_n, h0_);
+  if (nothing_to_do(l)) {
+    copy_or_zero(y, {});
+    copy_or_zero(h_n, state_without_work(l, h0_));
     copy_or_zero(c_n, c0_);
     return {y, h_n, c_n, gates, cells};
   }
@@ -213,8 +227,9 @@ BackwardResult backward(const Layer& l, const BackwardArguments& a, int64_t need
   std::vector<Tensor> dweights;
   for (size_t i = 0; i < a.weights.size(); ++i)
     dweights.push_back(result(need_first_weight << i, {a.weights[i].sizes().begin(), a.weights[i].sizes().end()}));
-  if (l.rows == 0) {
-    copy_or_zero(dh0, a.dh_n);
+  if (nothing_to_do(l)) {
+    copy_or_zero(dx, {});
+    copy_or_zero(dh0, state_without_work(l, a.dh_n));
     copy_or_zero(dc0, a.dc_n);
     for (const Tensor& t : dweights) copy_or_zero(t, {});
     return {dx, dh0, dc0, dweights};

@@ -6,7 +6,7 @@
 namespace fusedrnn::cuda {
 
 // A warp's: `count` tiles of 16 rows, at most `tiles`, of some blocks of k. The first `near` blocks are in registers,
-// the others in shared memory; of those, `ahead` are under way together.
+// the others in shared memory. Of `ahead` blocks, what they are multiplied with is under way together.
 template <class Math, int tiles, int near, int ahead>
 class WarpWeights {
  public:
@@ -38,15 +38,22 @@ class WarpWeights {
   template <int n_tiles, class Part>
   FUSEDRNN_DEVICE void multiply(float (&c)[tiles][n_tiles][4], Part b_part) const {
 #pragma unroll
-    for (int i = 0; i < near; ++i) {
-      if (i >= blocks_) continue;
-      Vector b[n_tiles][1];
-      b_part(i, b);
+    for (int first = 0; first < near; first += ahead) {
+      if (first >= blocks_) continue;
+      Vector b[ahead][n_tiles][1];
 #pragma unroll
-      for (int m = 0; m < tiles; ++m) {
-        if (m >= count_) continue;
+      for (int i = 0; i < ahead; ++i) {
+        if (first + i < near && first + i < blocks_) b_part(first + i, b[i]);
+      }
 #pragma unroll
-        for (int n = 0; n < n_tiles; ++n) Math::multiply(c[m][n], near_[i][m], b[n]);
+      for (int i = first; i < first + ahead && i < near; ++i) {
+        if (i >= blocks_) continue;
+#pragma unroll
+        for (int m = 0; m < tiles; ++m) {
+          if (m >= count_) continue;
+#pragma unroll
+          for (int n = 0; n < n_tiles; ++n) Math::multiply(c[m][n], near_[i][m], b[i - first][n]);
+        }
       }
     }
 #pragma unroll ahead

@@ -212,6 +212,8 @@ int64_t resident_clusters(void (*)(Params), const Launch& l) {
 template <class Params>
 void launch(void (*kernel)(Params), const Launch& l, Stream, const Params& p) {
   if (l.shared_bytes > size_t(device_facts().shared_bytes)) throw std::runtime_error("too much shared memory");
+  if (l.grid.blocks() == 0 || l.grid.y > 65535 || l.grid.z > 65535) throw std::runtime_error("no such grid");
+  if (l.threads > 1024) throw std::runtime_error("too many threads");
   if (l.cooperative && l.grid.blocks() > host::processors()) throw std::runtime_error("too many cooperative blocks");
   if (l.cluster && l.grid.x % unsigned(l.cluster)) throw std::runtime_error("the grid is no number of clusters");
   const size_t together = l.cooperative ? size_t(l.grid.blocks()) : size_t(std::max(l.cluster, 1));

@@ -64,6 +64,9 @@ struct Scheduler {
   size_t main_stack_size = 0;
   size_t waited = 0;  // fibers in a row that found nothing to do
   size_t alive = 0;
+  const Block* late_block = nullptr;  // whose fibers are left behind,
+  int late_warp = -1;                 // those of this warp alone, if it isn't negative,
+  size_t late_turns = 0;              // for so long
   const std::function<void()>* kernel = nullptr;
   int processors = 12;
 } scheduler;
@@ -126,6 +129,33 @@ T take_any(std::vector<T>& all) {
   return taken;
 }
 
+bool is_late(const Fiber& fiber) {
+  if (scheduler.late_turns == 0 || fiber.block != scheduler.late_block) return false;
+  return scheduler.late_warp < 0 || fiber.thread / 32 == scheduler.late_warp;
+}
+
+// Now and then a warp, or a whole block, is left behind until the others have gone as far as they can without it.
+void choose_who_is_late(const std::vector<Block>& blocks) {
+  if (scheduler.late_turns > 0) {
+    const bool others_only_wait = scheduler.waited > 2 * scheduler.runnable.size();
+    scheduler.late_turns = others_only_wait ? 0 : scheduler.late_turns - 1;
+  } else if (scheduler.random() % 1024 == 0) {
+    const Block& block = blocks[scheduler.random() % blocks.size()];
+    const size_t warps = block.warps.size();
+    scheduler.late_block = &block, scheduler.late_warp = int(scheduler.random() % (warps + 1)) - 1;
+    scheduler.late_turns = scheduler.random() % (128 * scheduler.alive);
+  }
+}
+
+Running* next_fiber() {
+  Fiber* fiber = take_any(scheduler.runnable);
+  for (int i = 0; i < 32 && is_late(*fiber); ++i) {  // in the end perhaps all that can run are late
+    scheduler.runnable.push_back(fiber);
+    fiber = take_any(scheduler.runnable);
+  }
+  return static_cast<Running*>(fiber);
+}
+
 void run_together(Together& together, size_t shared_bytes) {
   std::vector<Block>& blocks = together.blocks;
   std::vector<std::unique_ptr<unsigned char[]>> shared;
@@ -142,11 +172,12 @@ void run_together(Together& together, size_t shared_bytes) {
       scheduler.runnable.push_back(&fibers[i]);
     }
   }
-  scheduler.alive = fibers.size(), scheduler.waited = 0;
+  scheduler.alive = fibers.size(), scheduler.waited = 0, scheduler.late_turns = 0;
   while (scheduler.alive > 0) {
     if (!scheduler.posted.empty() && scheduler.random() % 4 == 0) take_any(scheduler.posted)();
     if (scheduler.runnable.empty()) fail("deadlock: all threads wait at barriers that others never reach");
-    enter(static_cast<Running*>(take_any(scheduler.runnable)));
+    choose_who_is_late(blocks);
+    enter(next_fiber());
   }
   if (!scheduler.posted.empty()) fail("a block has ended before all that was sent to it has come");
   for (Running& fiber : fibers) scheduler.stacks.push_back(fiber.stack);
