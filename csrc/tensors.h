@@ -23,10 +23,9 @@ inline Tensor empty(const std::vector<int64_t>& shape, ScalarType dtype, const T
   const std::vector<int64_t> strides = contiguous_strides(shape);
   AtenTensorHandle handle;
   int32_t device_type;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(shape.size()), shape.data(), strides.data(),
-                                                         code_of(dtype), device_type, like.get_device_index(),
-                                                         &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(shape.size()), shape.data(), strides.data(), code_of(dtype),
+                                                  device_type, like.get_device_index(), &handle));
   return Tensor(handle);
 }
 

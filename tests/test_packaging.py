@@ -81,6 +81,13 @@ def test_only_the_stable_abi_is_needed(library):
     assert not unstable
 
 
+@pytest.mark.parametrize("name", ["STABLE_TORCH_ERROR_CODE_CHECK"])
+def test_headers_of_the_oldest_torch_are_enough(name):
+    """Not every name of newer headers depends on the version that is built for."""
+    sources = [path for kind in ("*.h", "*.cpp", "*.cu", "*.cuh") for path in (ROOT / "csrc").rglob(kind)]
+    assert sources and not [str(path) for path in sources if name in path.read_text()]
+
+
 def test_cpu_capability():
     built = _C.build_info()["cpu_capabilities"]
     before = _C.cpu_capability()

@@ -24,7 +24,7 @@ Tensor empty_kept(const std::vector<int64_t>& shape, ScalarType dtype, const Ten
   const auto release = [](Memory* memory) { give_back(*memory), delete memory; };
   std::unique_ptr<Memory, decltype(release)> memory(new Memory(take_memory(bytes)), release);
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_from_blob(
+  TORCH_ERROR_CODE_CHECK(torch_from_blob(
       memory->base, int64_t(shape.size()), shape.data(), contiguous_strides(shape).data(), 0, code_of(dtype),
       aoti_torch_device_type_cpu(), like.get_device_index(), &handle, aoti_torch_layout_strided(), nullptr, 0,
       [](void*, void* context) { decltype(release){}(static_cast<Memory*>(context)); }, memory.get()));
