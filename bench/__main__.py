@@ -56,6 +56,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     add("--rounds", type=int, nargs=2, metavar=("MIN", "MAX"), help="default 7 101, quick 3 21")
     add("--peers-only", action="store_true", help="without fusedrnn")
     add("--ours", default="fusedrnn", help="package under test; torch.nn gives the noise")
+    add("--plan", default="", help="how ours runs on a GPU (fusedrnn.use_plan)")
     add("--without", default="", help="peers to leave out, e.g. openvino,onnxruntime")
     add("--no-first-use", action="store_true", help="no first-call times and peak memory")
     add("--limit", type=float, help="seconds after which no case is begun (quick 100)")
@@ -80,6 +81,8 @@ def _measure(options: argparse.Namespace) -> int:
     ours = None if options.peers_only else options.ours
     if ours and importlib.util.find_spec(ours) is None:
         sys.exit(f"{ours} is not installed: `pip install .` first, or give --peers-only")
+    if ours and options.plan:
+        importlib.import_module(ours).use_plan(options.plan).__enter__()
     every = len(os.sched_getaffinity(0))
     counts = [every if t == "all" else int(t) for t in options.threads.split(",")]
     counts = list(dict.fromkeys(counts))

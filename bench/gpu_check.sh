@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # All that needs a GPU, in one call of under 9 minutes and without a network:
-#   bench/gpu_check.sh         builds the extension, runs the tests and compute-sanitizer, times the grid against cuDNN
+#   bench/gpu_check.sh         builds the extension, tries every plan on small layers, runs the tests and
+#                              compute-sanitizer, times the grid against cuDNN; a plan that fails the trial is left out
 #   bench/gpu_check.sh peers   only times torch.nn in the grid, with cuDNN and without: nothing is built
 # Everything goes to one folder ($OUT, else build/gpu_check). A stage that fails or runs out of time leaves its log and
 # what it had, and the others go on. The last lines say what became of each; the exit status is 1 if one failed.
@@ -66,8 +67,25 @@ stage() {
 # times SECONDS OPTIONS...: the grid. `python -m bench show` makes pictures and a CSV of results.json again.
 times() {
   stage bench "$1" "$PYTHON" -m bench --device cuda --budget 0.5 --no-first-use --targets --out "$OUT/bench" \
-    --limit $(($1 < 40 ? 10 : $1 - 30)) "${@:2}"
+    "${fastest[@]}" --limit $(($1 < 40 ? 10 : $1 - 30)) "${@:2}"
   rm -f "$OUT"/bench/*.png "$OUT"/bench/*.csv
+}
+
+# Each plan in a process of its own, so that a kernel that hangs or spoils the device shows here. What follows uses the
+# fastest plan such that it and all slower ones are right; fastest is empty if they all are.
+fastest=()
+try_plans() {
+  local plan plans=(stepwise loop grid cluster)
+  for plan in "${plans[@]}"; do
+    stage "$plan" "$1" "$PYTHON" -m bench.gpu_small "$plan" > "$OUT/$plan.end" &
+  done
+  wait
+  cat "$OUT"/*.end && rm "$OUT"/*.end
+  for plan in "${plans[@]}"; do
+    grep -q "^$plan *passed" "$OUT/summary.txt" || return
+    fastest=(--plan "$plan")
+  done
+  fastest=()
 }
 
 mkdir -p "$OUT"
@@ -92,9 +110,12 @@ if ! stage build "$(at_most 240 250)" "$PYTHON" setup.py -q build_ext --inplace;
   finish
 fi
 
+try_plans 60
+
 # Many processes with one thread each. A test that hangs is given up alone, where pytest has the plugins for it.
 export TORCHINDUCTOR_COMPILE_THREADS=1
-tests=(env OMP_NUM_THREADS=1 "$PYTHON" -m pytest -q -rfE --device cuda --maxfail 100)
+tests=(env OMP_NUM_THREADS=1 "$PYTHON" -m pytest -v -rfE --tb short --device cuda --maxfail 100 "${fastest[@]}")
+tests+=(--continue-on-collection-errors)
 ! "$PYTHON" -c 'import xdist' 2> /dev/null || tests+=(-n 12)
 ! "$PYTHON" -c 'import pytest_timeout' 2> /dev/null || tests+=(--timeout 60 --timeout-method thread)
 kernels=(tests/test_cuda.py tests/test_ops.py tests/test_ops_edges.py)

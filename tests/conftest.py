@@ -63,6 +63,7 @@ def assert_close_to_reference(ours, nn_result, float64_reference, nn_reference=N
 def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", help="device the suite runs on (cpu, cuda, cuda:1)")
     parser.addoption("--ops", default="fusedrnn", help="torch.library namespace whose layer ops are tested")
+    parser.addoption("--plan", default="", help="on a GPU, this plan and slower ones only")
     # Best a prime: the sample then meets every cell, dtype, shape and plan of a parametrised test.
     parser.addoption("--every", type=int, default=1, help="run every n-th test only")
 
@@ -76,6 +77,10 @@ def pytest_configure(config):
     import helpers
 
     helpers.NAMESPACE = config.getoption("--ops")
+    if plan := config.getoption("--plan"):
+        from fusedrnn import _C
+
+        _C.force_cuda_plan(plan)
 
 
 # How the CUDA kernels run, fastest first; each stands for itself and the slower ones where a shape is too large for it.
@@ -89,7 +94,7 @@ def on_cuda_kernels(config) -> bool:
 def available_capabilities(config) -> list[str]:
     """What the op tests run under: the processor's instruction sets, highest first, or the plans on a GPU."""
     if on_cuda_kernels(config):
-        return list(CUDA_PLANS)
+        return list(CUDA_PLANS[CUDA_PLANS.index(config.getoption("--plan") or CUDA_PLANS[0]) :])
     from fusedrnn import _C
 
     highest = CPU_CAPABILITIES.index(_C.cpu_capability())

@@ -120,3 +120,13 @@ def test_on_a_gpu(bench, case):
     assert one.error(gate.reference(work)) <= gate.tolerance(work)
     assert one.sample(3, 1) > 0
     assert one.peak_mib() > 0
+
+
+def test_small_layers(bench, device, capsys, monkeypatch):
+    """What is tried on a GPU first: right everywhere, and wrong where a kernel is."""
+    small = bench("gpu_small")
+    assert small.main(["stepwise"], str(device)) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(small.LAYERS) * len(small.TOLERANCE) and all(line.endswith("ok") for line in lines)
+    monkeypatch.setattr(small, "error", lambda found, expected: float("inf"))
+    assert small.main(["stepwise"], str(device)) == 1
