@@ -66,16 +66,21 @@ FUSEDRNN_INLINE AccVec<S> load(const S* p, int64_t n = lanes<S>) {
   }
 }
 
-// Stores n elements; to bfloat16 with round to nearest even, NaN kept.
+// Stores n elements; to bfloat16 with round to nearest even, NaN kept. (The instruction takes subnormal numbers for
+// zeros, as the one for products does.)
 template <class S>
 FUSEDRNN_INLINE void store(S* p, AccVec<S> v, int64_t n = lanes<S>) {
   constexpr int w = lanes<S>;
   if constexpr (std::is_same_v<S, bf16>) {
+#ifdef __AVX512BF16__
+    const __m256bh half = _mm512_cvtneps_pbh((__m512)v);
+#else
     Vec<uint32_t, w> bits;
     std::memcpy(&bits, &v, sizeof(bits));
     const Vec<uint32_t, w> rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     const Vec<uint32_t, w> kept = v == v ? rounded : (bits >> 16) | 0x40;
     const Vec<uint16_t, w> half = __builtin_convertvector(kept, Vec<uint16_t, w>);
+#endif
     std::memcpy(p, &half, n == w ? sizeof(half) : n * sizeof(S));
   } else if (n == w) {
     *reinterpret_cast<Unaligned<AccVec<S>>*>(p) = v;
