@@ -118,7 +118,7 @@ tests=(env OMP_NUM_THREADS=1 "$PYTHON" -m pytest -v -rfE --tb short --device cud
 tests+=(--continue-on-collection-errors)
 ! "$PYTHON" -c 'import xdist' 2> /dev/null || tests+=(-n 12)
 ! "$PYTHON" -c 'import pytest_timeout' 2> /dev/null || tests+=(--timeout 60 --timeout-method thread)
-kernels=(tests/test_cuda.py tests/test_ops.py tests/test_ops_edges.py)
+kernels=(tests/test_cuda.py tests/test_stack.py tests/test_ops.py tests/test_ops_edges.py)
 elsewhere=("${kernels[@]}" tests/test_packaging.py tests/test_docs.py tests/test_examples.py)
 
 stage kernels "$(at_most 130 210)" "${tests[@]}" "${kernels[@]}"

@@ -17,11 +17,13 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 import fusedrnn
+from fusedrnn import stacked
 
 PLANS = ("stepwise", "loop", "grid", "cluster")
 LAYERS: tuple[tuple[type, dict[str, Any]], ...] = (
     (fusedrnn.LSTM, {}),
     (fusedrnn.LSTM, {"proj_size": 11}),
+    (fusedrnn.LSTM, {"num_layers": 3}),
     (fusedrnn.GRU, {"bidirectional": True}),
     (fusedrnn.RNN, {}),  # relu's derivative jumps
 )
@@ -48,7 +50,8 @@ def main(plans: list[str], device: str = "cuda") -> int:
         for (layer, options), (dtype, tolerance) in itertools.product(LAYERS, TOLERANCE.items()):
             torch.manual_seed(0)
             module = layer(9, 37, **options, dtype=dtype)
-            sequences = [torch.randn(t, 9, dtype=dtype) for t in (6, 4, 4, 1)]
+            longest = stacked.CHUNK + 6 if "num_layers" in options else 6
+            sequences = [torch.randn(t, 9, dtype=dtype) for t in (longest, 4, 4, 1)]
             worst = []
             for data in (torch.stack([sequences[0]] * 21, 1), pack_sequence(sequences)):
                 leaf = data.data if isinstance(data, PackedSequence) else data

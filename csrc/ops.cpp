@@ -23,5 +23,13 @@ STABLE_TORCH_LIBRARY(FUSEDRNN_NAMESPACE, m) {
                   " int needs, bool tf32=False)"
                   " -> (Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dweights)")
               .c_str());
+    m.def((cell + "_stack(Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, int layers, int chunk, bool save,"
+                  " bool tf32=False)"
+                  " -> (Tensor y, Tensor h_n, Tensor c_n, Tensor[] saved)")
+              .c_str());
+    m.def((cell + "_stack_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor x, Tensor? h0, Tensor? c0,"
+                  " Tensor[] weights, int layers, int chunk, Tensor y, Tensor[] saved, int[] needs, bool tf32=False)"
+                  " -> (Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dweights)")
+              .c_str());
   }
 }

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from . import _C, ops
+from . import _C, ops, stacked
 from .modules import CELL, FusedBase
 
 
@@ -45,12 +45,20 @@ def explain(module: Any, shape: Sequence[int]) -> list[dict[str, Any]]:
             "directions": directions,
             "projected": module.proj_size > 0,
         }
-        found.append({"layer": k, "device": str(weight.device), **facts, **_plan(weight, facts)})
+        plan = _plan(weight, facts, _layers_of_one_op(module, t))
+        found.append({"layer": k, "device": str(weight.device), **facts, **plan})
         print("\n".join(_words(found[-1])))
     return found
 
 
-def _plan(weight: torch.Tensor, facts: dict[str, Any]) -> Mapping[str, object]:
+def _layers_of_one_op(module: FusedBase, steps: int) -> int:
+    """Of those that a GPU may run at the same time."""
+    dropout = module.training and module.dropout > 0
+    one_by_one = module.bidirectional or dropout or module.recompute or steps <= stacked.CHUNK
+    return 1 if one_by_one else module.num_layers
+
+
+def _plan(weight: torch.Tensor, facts: dict[str, Any], layers: int) -> Mapping[str, object]:
     """What the library says of a layer; nothing on a device for which it has no kernels."""
     if weight.device.type == "cpu":
         return _C.cpu_plan(**facts)
@@ -62,10 +70,10 @@ def _plan(weight: torch.Tensor, facts: dict[str, Any]) -> Mapping[str, object]:
         "shared_bytes": properties.shared_memory_per_block_optin,
         "cluster_blocks": 16 if properties.major >= 9 else 0,
     }
-    return _cuda_plan(facts, ops.tf32(weight), device)
+    return _cuda_plan(facts, ops.tf32(weight), device, layers)
 
 
-def _cuda_plan(facts: dict[str, Any], tf32: bool, device: dict[str, Any]) -> dict[str, Any]:
+def _cuda_plan(facts: dict[str, Any], tf32: bool, device: dict[str, Any], layers: int = 1) -> dict[str, Any]:
     element = getattr(torch, facts["dtype"]).itemsize
     gates = ops.GATES[facts["cell"]]
     tensor_cores = element == 2 or tf32
@@ -73,7 +81,7 @@ def _cuda_plan(facts: dict[str, Any], tf32: bool, device: dict[str, Any]) -> dic
     def plan(backward: bool) -> _C.CudaPlan:
         shape = {name: facts[name] for name in ("T", "N", "H", "P", "directions", "projected")}
         shape |= {"gates": gates, "element": element, "tensor_cores": tensor_cores}
-        return _C.cuda_plan(**shape, **device, backward=backward)
+        return _C.cuda_plan(**shape, **device, backward=backward, layers=layers)
 
     math = "tensor cores" + (" in TF32" if tf32 else "") if tensor_cores else "multiply-adds"
     return {"math": math, "forward": plan(backward=False), "backward": plan(backward=True)}
@@ -91,7 +99,8 @@ def _cuda_words(facts: dict[str, Any]) -> list[tuple[str, str]]:
     def words(plan: _C.CudaPlan) -> str:
         x, y, z = plan["blocks"]
         blocks = f"{x} x {y} x {z} blocks for {plan['units']} units, {plan['columns']} rows each"
-        return f"{plan['name']}, as {plan['reason']}; {blocks}"
+        together = f"; {plan['together']} layers at the same time" if plan["together"] > 1 else ""
+        return f"{plan['name']}, as {plan['reason']}; {blocks}{together}"
 
     return [("math", facts["math"]), ("forward", words(facts["forward"])), ("backward", words(facts["backward"]))]
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from . import stacked
 from .errors import check_dimensions, check_sizes
 from .layer import layer, traceable_layer
 from .ops import autocast_enabled
@@ -131,6 +132,11 @@ def stack(
                 cell, x, states and tuple(states_), weights, batch_sizes, num_layers, directions,
                 dropout, every_c, recompute,
             )  # fmt: skip
+    one_by_one = num_layers == 1 or directions == 2 or batch_sizes is not None or dropout > 0 or ranges_enabled()
+    if not one_by_one and stacked.suits(x, every_c, recompute):
+        h0, c0 = (*(states or ()), None, None)[:2]
+        y, h_n, c_n = stacked.run(cell, x, h0, c0, weights, num_layers)
+        return (y,), (h_n, c_n) if cell == "lstm" else (h_n,)
     count = len(weights) // num_layers
     finals: list[States] = []
     for k in range(num_layers):

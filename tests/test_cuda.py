@@ -34,9 +34,12 @@ def cuda_kernels(request):
         pytest.skip("needs --device cuda, or the CUDA kernels built for the CPU")
 
 
-def plan(N, H, device=H200, cell_gates=4, directions=1, element=2, tensor_cores=True, backward=False, T=100, P=0):
+def plan(
+    N, H, device=H200, cell_gates=4, directions=1, element=2, tensor_cores=True, backward=False, T=100, P=0, **options
+):
     shape = {"T": T, "N": N, "H": H, "P": P or H, "projected": P > 0, "directions": directions, "gates": cell_gates}
-    return _C.cuda_plan(**shape, backward=backward, element=element, tensor_cores=tensor_cores, **device)
+    shape |= {"backward": backward, "element": element, "tensor_cores": tensor_cores}
+    return _C.cuda_plan(**shape, **device, **options)
 
 
 def test_a_cluster_has_the_weights_where_they_fit():
@@ -76,6 +79,27 @@ def test_slower_plans_say_why():
     found = plan(1000, 4096)
     assert found["name"] == "stepwise" and "132 processors" in found["reason"]
     assert plan(64, 1024, A100)["name"] == "loop"
+
+
+def test_layers_run_at_the_same_time_where_their_clusters_do():
+    for (N, H, layers), together, blocks in (
+        ((16, 512, 4), 4, 16),
+        ((16, 512, 6), 3, 16),
+        ((32, 512, 4), 2, 16),
+        ((32, 256, 4), 4, 8),  # two layers of larger clusters would fit
+        ((64, 512, 4), 1, 16),  # already a layer fills the device
+        ((16, 768, 4), 4, 16),
+        ((16, 1024, 4), 1, 64),  # not of a cluster
+    ):
+        for backward in (False, True):
+            found = plan(N, H, backward=backward, layers=layers)
+            assert (found["together"], found["blocks"][0]) == (together, blocks), found
+            if together > 1:
+                assert found["name"] == "cluster" and blocks * -(-N // 8) * together <= H200["processors"]
+    assert plan(16, 512, NO_CLUSTERS, layers=4)["together"] == 1
+    for name, together in {"grid": 1, "loop": 1, "stepwise": 1, "cluster": 4}.items():
+        with fusedrnn.use_plan(name):
+            assert plan(64, 512, layers=4)["together"] == together
 
 
 def test_every_shape_has_a_plan_that_fits():

@@ -87,6 +87,16 @@ def test_explain_every_kind(name, dtype):
     assert (facts["N"], facts["T"]) == (1, 7)
 
 
+def test_layers_of_one_op():
+    layers = explanation._layers_of_one_op
+    assert layers(fusedrnn.LSTM(4, 6, num_layers=3), 65) == 3
+    assert layers(fusedrnn.LSTM(4, 6, num_layers=3), 64) == 1
+    assert layers(fusedrnn.LSTM(4, 6, num_layers=3, bidirectional=True), 65) == 1
+    assert layers(fusedrnn.LSTM(4, 6, num_layers=3, recompute=True), 65) == 1
+    module = fusedrnn.LSTM(4, 6, num_layers=3, dropout=0.5)
+    assert (layers(module, 65), layers(module.eval(), 65)) == (1, 3)
+
+
 def test_explain_refuses():
     with pytest.raises(TypeError, match="fusedrnn's LSTM, GRU or RNN"):
         fusedrnn.explain(nn.LSTM(4, 6), (5, 3, 4))
@@ -118,6 +128,8 @@ def test_explain_a_gpu():
         "  forward:  cluster, as the weights fit in a cluster; 16 x 2 x 1 blocks for 32 units, 8 rows each",
         "  backward: cluster, as the weights fit in a cluster; 16 x 2 x 1 blocks for 32 units, 8 rows each",
     ]
+    wave = explanation._cuda_plan(facts, tf32=False, device=H200, layers=4)
+    assert explanation._words({**facts, **wave})[-1].endswith("8 rows each; 4 layers at the same time")
     facts["dtype"] = "float32"
     slow = explanation._cuda_plan(facts, tf32=False, device={**H200, "processors": 16, "cluster_blocks": 0})
     assert slow["math"] == "multiply-adds" and slow["forward"]["name"] == "stepwise"

@@ -14,8 +14,9 @@ from pathlib import Path
 TESTS = [
     "tests/test_ops.py",
     "tests/test_cuda.py",
+    "tests/test_stack.py",
     "-k",
-    "test_plans_agree or test_tf32 or (test_ragged_shapes and bfloat16)",
+    "test_plans_agree or test_tf32 or (test_ragged_shapes and bfloat16) or (test_a_wave and cluster)",
 ]
 
 KEEP = "a_row({} + lane() / 4), k_of(i)"
@@ -25,7 +26,8 @@ CLUSTER_SUMS = "{}\n      at.each(p.H, cells.batch,"
 CLUSTER_SEND = "// no next step\n      {}"
 CLUSTER_DRH = "// no step before\n      {}"
 CLUSTER_WAIT = "{}\n      float c[gates][1][4]"
-CLUSTER_START = "cells(p, d, at, 0);\n    {}"
+WAVE_C = "= cells.h[e.i]; }});\n    {}"
+CLUSTER_START = "cells(p, d, at, p.range.first);\n    {}"
 
 
 def swap(text: str, old: str, new: str) -> tuple[str, str]:
@@ -49,7 +51,12 @@ MUTANTS = [
     ("cluster: no barrier before h is sent", "cluster.cuh", *swap(CLUSTER_SEND, "sync_block();", "")),
     ("cluster: no barrier before drh is read", "cluster.cuh", *swap(CLUSTER_DRH, "sync_block();", "")),
     ("cluster: forward doesn't wait", "cluster.cuh", *swap(CLUSTER_WAIT, "inbox.receive();", "")),
-    ("cluster: backward doesn't wait", "cluster.cuh", "if (at.row < cells.next_batch) inbox.receive();", ""),
+    (
+        "cluster: backward doesn't wait",
+        "cluster.cuh",
+        "if (s <= last && at.row < cells.next_batch) inbox.receive();",
+        "",
+    ),
     ("cluster: waits for the message before", "cluster.cuh", "(messages_ - 1) / 2", "(messages_ + 1) / 2"),
     ("cluster: starts before the mailboxes are open", "cluster.cuh", *swap(CLUSTER_START, "sync_cluster();", "")),
     (
@@ -60,10 +67,23 @@ MUTANTS = [
     ("cluster: drh goes where it may still be read", "cluster.cuh", "outbox + (s & 1) * outbox_vectors;", "outbox;"),
     ("cluster: expects too few bytes", "cluster.cuh", "mine * pairs * shape.blocks", "mine * pairs"),
     ("cluster: parts of dh go to the wrong place", "cluster.cuh", "(rank * own + unit", "(to * own + unit"),
-    ("large products ignore TF32", "layer_cuda.cu", "if (left && right &&", "if (false && left && right &&"),
-    ("a transposed factor isn't turned", "layer_cuda.cu", "int(pitch), turned != 0}", "int(pitch), false}"),
+    ("large products ignore TF32", "products.cuh", "if (left && right &&", "if (false && left && right &&"),
+    ("a transposed factor isn't turned", "products.cuh", "int(pitch), turned != 0}", "int(pitch), false}"),
     ("the wrong rows of the weights are kept", "tile.cuh", *swap(KEEP, "16 * m + 8 * half", "16 * m")),
-    ("rows that start late lose their h0", "layer_cuda.cu", "h0_ && i < 2", "h0_ && i < 1"),
+    ("rows that start late lose their h0", "forward.cuh", "h0 && i < 2", "h0 && i < 1"),
+    ("wave: a chunk doesn't wait for the layer before", "stack.cuh", "if (i > 0) fork.wait(i, i - 1);", ""),
+    (
+        "wave: h isn't left for the next launch",
+        "cluster.cuh",
+        "d.h[p.range.last % 2].at",
+        "d.h[1 - p.range.last % 2].at",
+    ),
+    ("wave: c isn't left for the next launch", "cluster.cuh", *swap(WAVE_C, "cells.store();", "")),
+    ("wave: dc isn't left for the next launch", "cluster.cuh", "if (first > 0) cells.store();", ""),
+    ("wave: drh of the launch before isn't read", "cluster.cuh", "? last + 1 : last;", "? last : last;"),
+    ("wave: every chunk has the first one's input", "forward.cuh", "(x, 0, row, rows)", "(x, 0, 0, rows)"),
+    ("wave: every chunk has the last one's dx", "backward.cuh", "(dx, 0, row, rows)", "(dx, 0, 0, rows)"),
+    ("wave: weight gradients before the last chunk", "stack.cuh", "if (k == chunks) return", "if (k == 0) return"),
 ]
 
 

@@ -75,8 +75,9 @@ forward_cluster(const Forward<typename Math::Storage> p) {
 #pragma unroll 1
     for (int i = thread_index(); i < inbox_vectors; i += block_threads()) {
       const int64_t n = at.row + i % warp_size / 4, k = i / warp_size * Math::k + Math::k_of(i);
-      const bool exists = n < d.steps.N && k < d.h[0].row;
-      h[i] = h[inbox_vectors + i] = exists ? Math::prepare(load(d.h[0].at(n) + k)) : Vector{};
+      const Rows<S>& h_prev = d.h[p.range.first % 2];
+      const bool exists = n < d.steps.N && k < h_prev.row;
+      h[i] = h[inbox_vectors + i] = exists ? Math::prepare(load(h_prev.at(n) + k)) : Vector{};
     }
     clear(reinterpret_cast<Vector*>(outbox), shared_at<Vector>(shape.sums));
     const int blocks = (shape.k_blocks - k_warp + shape.k_warps - 1) / shape.k_warps;
@@ -88,10 +89,10 @@ forward_cluster(const Forward<typename Math::Storage> p) {
           if (unit >= p.H || k >= d.w_hh.row) return Vector{};
           return Math::prepare(load(d.w_hh.at(g * p.H + unit) + k));
         });
-    ForwardCells<Cell, S, ClusterPlace> cells(p, d, at, 0);
+    ForwardCells<Cell, S, ClusterPlace> cells(p, d, at, p.range.first);
     sync_cluster();
 
-    for (int64_t s = 0; s < d.steps.T; ++s) {
+    for (int64_t s = p.range.first; s < p.range.last; ++s) {
       if (cells.s != s) cells.fetch(s);
       if (at.row >= cells.batch) continue;  // all blocks of the cluster, or none
       inbox.receive();
@@ -122,7 +123,7 @@ forward_cluster(const Forward<typename Math::Storage> p) {
         outbox[e.column * own + e.m] = h;
       });
       const int64_t rows = cells.batch < cells.next_batch ? cells.batch : cells.next_batch;
-      if (at.row >= rows) continue;  // no next step
+      if (s + 1 == p.range.last || at.row >= rows) continue;  // no next step
       sync_block();
       const int columns = columns_of(rows, at.row);
       inbox.expect((p.H + Math::vector - 1) / Math::vector * columns * int64_t(sizeof(Vector)));
@@ -140,6 +141,9 @@ forward_cluster(const Forward<typename Math::Storage> p) {
       }
       cells.fetch(s + 1);
     }
+    if (p.range.last == d.steps.T) return;
+    at.each(p.H, cells.batch, [&](const Element& e) { d.h[p.range.last % 2].at(e.n)[e.unit] = cells.h[e.i]; });
+    cells.store();
   }
 }
 
@@ -173,17 +177,27 @@ backward_cluster(const Backward<typename Math::Storage> p) {
           if (row >= p.H || g >= gates || unit >= gate_width) return Vector{};
           return Math::prepare(load(d.w_hh_gates.at(row) + g * gate_width + unit));
         });
-    const int64_t first = d.dh0 || d.dc0 ? -1 : 0, last = d.steps.T - 1;
-    BackwardCells<Cell, S, ClusterPlace> cells(p, d, at, last);
+    const int64_t first = p.range.first, last = p.range.last - 1;
+    const auto put = [&](Vector* drh, const Element& e, int g, S gradient) {
+      const int k = g * own + e.m;
+      S* slot = reinterpret_cast<S*>(drh + k / Math::k * warp_size + e.column * 4 + k % Math::k / Math::vector);
+      slot[k % Math::vector] = gradient;
+    };
+    // If there is a step after the last, another launch has done it and left its drh.
+    const int64_t start = at.row < d.steps.batch(last + 1) ? last + 1 : last;
+    BackwardCells<Cell, S, ClusterPlace> cells(p, d, at, start);
     sync_cluster();
 
-    for (int64_t s = last; s >= first; --s) {
+    for (int64_t s = start; s >= first; --s) {
       if (cells.s != s) cells.fetch(s);
       if (at.row >= cells.rows) continue;
-      if (at.row < cells.next_batch) inbox.receive();
+      if (s <= last && at.row < cells.next_batch) inbox.receive();
       const float* dh_parts = parts + inbox.buffer() * inbox_floats;
       Vector* const drh = outbox + (s & 1) * outbox_vectors;  // a slow warp may still read the last step's
-      at.each(p.H, cells.rows, [&](const Element& e) {
+      at.each(p.H, s > last ? cells.batch : 0, [&](const Element& e) {
+        for (int g = 0; g < gates; ++g) put(drh, e, g, d.drh.at(cells.first_row + e.n)[g * p.H + e.unit]);
+      });
+      at.each(p.H, s > last ? 0 : cells.rows, [&](const Element& e) {
         const float dh = cells.dh(e, [&] {
           float sum = 0;
           for (int from = 0; from < shape.blocks; ++from)
@@ -195,11 +209,7 @@ backward_cluster(const Backward<typename Math::Storage> p) {
           cells.initial_c(e);
           return;
         }
-        cells.step(e, dh + cells.dy(e), [&](int g, S gradient) {
-          const int k = g * own + e.m;
-          S* slot = reinterpret_cast<S*>(drh + k / Math::k * warp_size + e.column * 4 + k % Math::k / Math::vector);
-          slot[k % Math::vector] = gradient;
-        });
+        cells.step(e, dh + cells.dy(e), [&](int g, S gradient) { put(drh, e, g, gradient); });
       });
       if (s == first || at.row >= cells.batch) continue;  // no step before
       sync_block();
@@ -221,6 +231,7 @@ backward_cluster(const Backward<typename Math::Storage> p) {
       }
       cells.fetch(s - 1);
     }
+    if (first > 0) cells.store();
   }
 }
 

@@ -61,8 +61,13 @@ struct Factor {
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/c/shim.h>
 
+#include <map>
+#include <memory>
+#include <mutex>
 #include <stdexcept>
 #include <string>
+#include <utility>
+#include <vector>
 
 // cuBLAS's, which has no header in every toolkit: that of the library torch has loaded, or null.
 extern "C" __attribute__((weak)) int cublasGemmEx(void* handle, int a_turned, int b_turned, int m, int n, int k,
@@ -230,16 +235,84 @@ inline void check(cudaError_t error, const char* what) {
 // Makes a device the current one while it lives, and knows torch's current stream there.
 class OnDevice {
  public:
-  explicit OnDevice(int32_t index) : guard_(index) {
+  explicit OnDevice(int32_t index) : guard_(index), index_(index) {
     void* stream = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
     stream_ = static_cast<Stream>(stream);
   }
+  int32_t index() const { return index_; }
   Stream stream() const { return stream_; }
 
  private:
   torch::stable::accelerator::DeviceGuard guard_;
+  int32_t index_;
   Stream stream_;
+};
+
+// Streams that run side by side: number 0 is torch's current one, and the others begin with what that one has got so
+// far. Ends with join(), after which the current stream waits for all.
+class Fork {
+ public:
+  Fork(const OnDevice& device, int streams) : device_(device.index()), lanes_(lanes(device, streams)) {
+    for (int i = 1; i < streams; ++i) wait(i, 0);
+  }
+  Fork(const Fork&) = delete;
+  // Where an error left work on the streams, whose memory the current one may use next.
+  ~Fork() {
+    for (size_t i = 1; i < lanes_.size(); ++i) {
+      cudaEventRecord(lanes_[i].event, lanes_[i].stream);
+      cudaStreamWaitEvent(lanes_[0].stream, lanes_[i].event, 0);
+    }
+  }
+
+  // What a stream gets from now on waits for all that another one has got.
+  void wait(int stream, int other) {
+    const Lane& lane = lanes_[size_t(other)];
+    check(cudaEventRecord(lane.event, lane.stream), "cudaEventRecord");
+    check(cudaStreamWaitEvent(lanes_[size_t(stream)].stream, lane.event, 0), "cudaStreamWaitEvent");
+  }
+
+  // Calls work(stream), while that stream is torch's current one.
+  template <class Work>
+  void run(int stream, Work work) {
+    const Stream to = lanes_[size_t(stream)].stream;
+    if (stream == 0) return work(to);
+    CUDAStreamGuardHandle handle = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_create_cuda_stream_guard(to, device_, &handle));
+    const std::unique_ptr<CUDAStreamGuardOpaque, AOTITorchError (*)(CUDAStreamGuardHandle)> guard(
+        handle, aoti_torch_delete_cuda_stream_guard);
+    work(to);
+  }
+
+  void join() {
+    for (; lanes_.size() > 1; lanes_.pop_back()) wait(0, int(lanes_.size()) - 1);
+  }
+
+ private:
+  struct Lane {
+    Stream stream;
+    cudaEvent_t event;
+  };
+
+  // Each of torch's streams has its own beside it, made once: what one captures as a graph concerns no other.
+  static std::vector<Lane> lanes(const OnDevice& device, int count) {
+    static std::mutex mutex;
+    static std::map<std::pair<int32_t, Stream>, std::vector<Lane>> all;
+    const std::lock_guard lock(mutex);
+    std::vector<Lane>& found = all[{device.index(), device.stream()}];
+    while (found.size() < size_t(count)) {
+      Lane lane{device.stream(), nullptr};
+      if (!found.empty()) {
+        check(cudaStreamCreateWithFlags(&lane.stream, cudaStreamNonBlocking), "cudaStreamCreateWithFlags");
+      }
+      check(cudaEventCreateWithFlags(&lane.event, cudaEventDisableTiming), "cudaEventCreateWithFlags");
+      found.push_back(lane);
+    }
+    return {found.begin(), found.begin() + count};
+  }
+
+  int32_t device_;
+  std::vector<Lane> lanes_;
 };
 
 // The current device.

@@ -40,32 +40,39 @@ void run_tiled(const Kernels<Params>& kernels, Params p, const Plan& plan, const
   }
 }
 
-// All steps by clusters, if the device can run them: all at the same time, unless the plan is forced.
-template <class Params>
-bool run_clusters(void (*kernel)(Params), Params p, const Plan& plan, const PlanRequest& request, Stream stream) {
+inline Launch cluster_launch(const Plan& plan, const PlanRequest& request) {
   const Grid grid{unsigned(plan.blocks_x), unsigned(plan.blocks_y), unsigned(request.directions)};
-  const Launch l{grid, plan.cluster.warps() * warp_size, size_t(plan.shared_bytes()), false, plan.cluster.blocks};
-  const int64_t enough = forced_plan().empty() ? plan.blocks_y * request.directions : 1;
-  if (resident_clusters(kernel, l) < enough) return false;
-  p.cluster = plan.cluster;
-  launch(kernel, l, stream, p);
-  return true;
+  return {grid, plan.cluster.warps() * warp_size, size_t(plan.shared_bytes()), false, plan.cluster.blocks};
 }
 
+// A plan that the device can run: all clusters at the same time, unless the plan is forced.
 template <class Params>
-void run(const Kernels<Params>& kernels, const Params& p, const PlanRequest& request, int64_t first, int64_t last,
-         Stream stream) {
-  Device device = device_facts();
-  Plan plan = make_plan(request, device, forced_plan());
-  while (plan.is_cluster() && !run_clusters(kernels.cluster, p, plan, request, stream)) {
-    device.cluster_blocks = plan.cluster.blocks > 8 ? 8 : 0;  // what every device with clusters can run, else none
-    plan = make_plan(request, device, forced_plan());
-  }
-  if (!plan.is_cluster()) run_tiled(kernels, p, plan, request, first, last, stream);
+Plan find_plan(const Kernels<Params>& kernels, PlanRequest request, int layers) {
+  return widest_plan(layers, [&](int together) {
+    request.together = together;
+    Device device = device_facts();
+    while (true) {
+      const Plan plan = make_plan(request, device, forced_plan());
+      const int64_t enough = forced_plan().empty() ? plan.blocks_y * request.directions * together : 1;
+      if (!plan.is_cluster() || resident_clusters(kernels.cluster, cluster_launch(plan, request)) >= enough) {
+        return plan;
+      }
+      device.cluster_blocks = plan.cluster.blocks > 8 ? 8 : 0;  // what every device with clusters can run, else none
+    }
+  });
+}
+
+// Steps first .. last - 1 of a direction. Those that aren't all of it are for clusters alone.
+template <class Params>
+void run(const Kernels<Params>& kernels, Params p, const Plan& plan, const PlanRequest& request, int64_t first,
+         int64_t last, Stream stream) {
+  if (!plan.is_cluster()) return run_tiled(kernels, p, plan, request, first, last, stream);
+  p.range = {first, last, true, false}, p.cluster = plan.cluster;
+  launch(kernels.cluster, cluster_launch(plan, request), stream, p);
 }
 
 template <class Cell, class Math>
-void run_forward(const Forward<typename Math::Storage>& p, const PlanRequest& request, Stream stream) {
+Kernels<Forward<typename Math::Storage>> forward_kernels() {
   Kernels<Forward<typename Math::Storage>> kernels{};
   kernels.tiled = {forward_kernel<Cell, Math, 1, 1, false>, forward_kernel<Cell, Math, 2, 1, false>,
                    forward_kernel<Cell, Math, 4, 1, false>, forward_kernel<Cell, Math, 4, 2, false>};
@@ -74,11 +81,11 @@ void run_forward(const Forward<typename Math::Storage>& p, const PlanRequest& re
     kernels.resident = {forward_kernel<Cell, Math, 1, 1, true>, forward_kernel<Cell, Math, 2, 1, true>,
                         forward_kernel<Cell, Math, 4, 1, true>, forward_kernel<Cell, Math, 4, 2, true>};
   }
-  run(kernels, p, request, 0, p.direction[0].steps.T, stream);
+  return kernels;
 }
 
 template <class Cell, class Math>
-void run_backward(const Backward<typename Math::Storage>& p, const PlanRequest& request, Stream stream) {
+Kernels<Backward<typename Math::Storage>> backward_kernels() {
   Kernels<Backward<typename Math::Storage>> kernels{};
   kernels.tiled = {backward_kernel<Cell, Math, 1, 1, false>, backward_kernel<Cell, Math, 2, 1, false>,
                    backward_kernel<Cell, Math, 4, 1, false>, backward_kernel<Cell, Math, 4, 2, false>};
@@ -87,8 +94,25 @@ void run_backward(const Backward<typename Math::Storage>& p, const PlanRequest& 
     kernels.resident = {backward_kernel<Cell, Math, 1, 1, true>, backward_kernel<Cell, Math, 2, 1, true>,
                         backward_kernel<Cell, Math, 4, 1, true>, backward_kernel<Cell, Math, 4, 2, true>};
   }
-  const auto& d = p.direction[0];
-  run(kernels, p, request, d.dh0 || d.dc0 ? -1 : 0, d.steps.T, stream);
+  return kernels;
+}
+
+template <class Cell, class Math>
+Plan find_plan(const PlanRequest& request, int layers) {
+  if (request.backward) return find_plan(backward_kernels<Cell, Math>(), request, layers);
+  return find_plan(forward_kernels<Cell, Math>(), request, layers);
+}
+
+template <class Cell, class Math>
+void run_forward(const Forward<typename Math::Storage>& p, const Plan& plan, const PlanRequest& request, int64_t first,
+                 int64_t last, Stream stream) {
+  run(forward_kernels<Cell, Math>(), p, plan, request, first, last, stream);
+}
+
+template <class Cell, class Math>
+void run_backward(const Backward<typename Math::Storage>& p, const Plan& plan, const PlanRequest& request,
+                  int64_t first, int64_t last, Stream stream) {
+  run(backward_kernels<Cell, Math>(), p, plan, request, first, last, stream);
 }
 
 }  // namespace fusedrnn::cuda

@@ -35,7 +35,7 @@ struct Rows {
   FUSEDRNN_DEVICE explicit operator bool() const { return data != nullptr; }
 };
 
-// Steps first .. last - 1 of one launch, and which of a step's two halves it runs.
+// Steps first .. last - 1 of one launch, and which of a step's two halves it runs (in stepwise.cuh).
 struct Range {
   int64_t first, last;
   bool recurrence, projection;
@@ -64,7 +64,7 @@ template <class S>
 struct Forward {
   int64_t H, P;
   bool projected;
-  Range range;           // of a launch of stepwise.cuh
+  Range range;
   ClusterShape cluster;  // of a launch of cluster.cuh
   ForwardDirection<S> direction[2];
 };

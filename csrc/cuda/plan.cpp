@@ -60,7 +60,7 @@ ClusterShape cluster_shape(const PlanRequest& r, int64_t blocks) {
 // then, if it is forced, clusters may also run one after another.
 Plan cluster_plan(const PlanRequest& r, const Device& device, bool forced) {
   Plan plan{};
-  const int64_t clusters = ceil_div(r.N, cluster_columns) * r.directions;
+  const int64_t clusters = ceil_div(r.N, cluster_columns) * r.directions * r.together;
   ClusterShape fits{};
   bool at_once = false;
   for (const int blocks : {16, 8, 4, 2, 1}) {

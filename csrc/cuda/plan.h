@@ -17,6 +17,7 @@ struct PlanRequest {
   int64_t element;    // bytes of a weight
   bool tensor_cores;  // TF32, bf16, fp16
   bool projected;
+  int together = 1;  // layers that are to run at the same time
 
   // Of a block's recurrent product: rows of W_hh per unit, and what it sums over.
   int rows() const { return backward ? 1 : gates; }
@@ -48,6 +49,7 @@ struct Plan {
   int64_t blocks_x, blocks_y;
   int64_t sums_bytes, weights_bytes;  // shared memory of a block
   ClusterShape cluster;               // if that is the plan
+  int together = 1;                   // layers that run at the same time
 
   bool is_cluster() const { return name == "cluster"; }
   bool one_launch() const { return name != "stepwise"; }
@@ -63,6 +65,18 @@ struct Plan {
 // back to the next, and `reason` says why.
 __attribute__((visibility("default"))) Plan make_plan(const PlanRequest& request, const Device& device,
                                                       const std::string& forced);
+
+// The plan of a stack of layers. Clusters of several layers may run at the same time, as they never wait for each
+// other; all other plans have the GPU for themselves. `find(together)` is a plan for so many layers at the same time.
+template <class Find>
+Plan widest_plan(int layers, Find find) {
+  for (int groups = 1;; ++groups) {
+    const int together = (layers + groups - 1) / groups;
+    Plan plan = find(together);
+    plan.together = together;
+    if (together == 1 || plan.is_cluster()) return plan;
+  }
+}
 
 // The plan that ops are made to use (empty: their own choice), of this process.
 __attribute__((visibility("default"))) const std::string& forced_plan();

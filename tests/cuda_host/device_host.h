@@ -5,8 +5,11 @@
 
 #include <array>
 #include <cmath>
+#include <deque>
+#include <functional>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "fibers.h"
 
@@ -194,6 +197,46 @@ struct Stream {};
 struct OnDevice {
   explicit OnDevice(int32_t) {}
   Stream stream() const { return {}; }
+};
+
+// What streams get is done at join(), one piece after another, of those that nothing is missing for any.
+class Fork {
+ public:
+  Fork(const OnDevice&, int streams) : lanes_(size_t(streams)) {}
+
+  void wait(int stream, int other) {
+    const Lane& lane = lanes_.at(size_t(other));
+    const size_t before = lane.done + lane.pieces.size();
+    lanes_.at(size_t(stream)).pieces.push_back({{}, size_t(other), before});
+  }
+  void run(int stream, std::function<void(Stream)> work) {
+    lanes_.at(size_t(stream)).pieces.push_back({std::move(work), size_t(stream), 0});
+  }
+  void join() {
+    while (true) {
+      std::vector<Lane*> ready;
+      for (Lane& lane : lanes_) {
+        if (lane.pieces.empty()) continue;
+        const Piece& next = lane.pieces.front();
+        if (lanes_.at(next.other).done >= next.before) ready.push_back(&lane);
+      }
+      if (ready.empty()) return;
+      Lane& lane = *ready[host::any(ready.size())];
+      if (lane.pieces.front().work) lane.pieces.front().work({});
+      lane.pieces.pop_front(), ++lane.done;
+    }
+  }
+
+ private:
+  struct Piece {
+    std::function<void(Stream)> work;  // none: only waits
+    size_t other, before;              // until that stream has done so many
+  };
+  struct Lane {
+    std::deque<Piece> pieces;
+    size_t done = 0;
+  };
+  std::vector<Lane> lanes_;
 };
 
 // A small device, so that small tests meet every plan.

@@ -237,6 +237,8 @@ void run(Index3 grid, int threads, size_t shared_bytes, size_t together, const s
   for (Together& set : sets) run_together(set, shared_bytes);
 }
 
+size_t any(size_t count) { return scheduler.random() % count; }
+
 int processors() { return scheduler.processors; }
 
 }  // namespace fusedrnn::cuda::host

@@ -67,6 +67,9 @@ void post(std::function<void()> delivery);
 // Runs the kernel for every thread of the grid: so many neighbouring blocks together, the sets one after another.
 void run(Index3 grid, int threads, size_t shared_bytes, size_t together, const std::function<void()>& kernel);
 
+// A number below `count`, at random.
+size_t any(size_t count);
+
 // Blocks that run at the same time.
 int processors();
 
