@@ -22,8 +22,8 @@ class Stream:
 
     The state is updated in place, and the results lie in the same memory, where the next call overwrites
     them (``clone()`` what is to be kept): on a CPU, after the first call with a shape, no tensor is
-    allocated any more (but in float16). A stream is for one thread, and for the device and dtype that
-    the module has when it is made.
+    allocated any more (but in float16). A result may be the next input, ``y = stream(y)``; it is copied
+    then. A stream is for one thread, and for the device and dtype that the module has when it is made.
 
     Args:
         module: an ``LSTM``, ``GRU`` or ``RNN`` of fusedrnn in one direction; dropout is not applied.
@@ -66,6 +66,8 @@ class Stream:
             self._prepare(input)
         is_step = input.dim() == 2
         x = input.transpose(0, 1) if self.module.batch_first and not is_step else input
+        if torch._C._is_alias_of(x, self._layers[0][2]):  # type: ignore[attr-defined]
+            x = x.clone()  # it would be overwritten while it is read
         sizes = self._sizes_of_a_step if is_step else None
         weights = self.module._weights()
         count = len(weights) // len(self._layers)

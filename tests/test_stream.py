@@ -86,6 +86,24 @@ def test_state(name, device):
     torch.testing.assert_close(stream(x), module(x)[0])
 
 
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_result_may_be_the_next_input(name, device):
+    """A decoder that reads what it has written, of so many units that they are computed in several turns."""
+    size = 100
+    options = {"proj_size": size, "hidden_size": size + 1} if name == "lstm_proj" else {"hidden_size": size}
+    if name.startswith("rnn"):
+        options["nonlinearity"] = name.removeprefix("rnn_")
+    module = getattr(fusedrnn, name.partition("_")[0].upper())(size, **options, device=device, dtype=torch.float64)
+    for shape in ((N, size), (T, N, size)):
+        stream = fusedrnn.Stream(module, N)
+        found = expected = torch.randn(shape, dtype=torch.float64, device=device)
+        state = None
+        for _ in range(3):
+            found = stream(found)
+            expected, state = module(expected.view(-1, N, size), state)
+            torch.testing.assert_close(found, expected.view(shape))
+
+
 def test_trained_in_place(device):
     """The parameters are read at every call."""
     module = module_of("gru", device)
