@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd import forward_ad
 
 from . import ops
@@ -56,7 +57,8 @@ class _Cell(torch.nn.RNNCellBase):
             h0 = h.unsqueeze(0)
             c0 = None if c is None else c.unsqueeze(0)
             if _is_grad_enabled() or forward_ad._current_level >= 0:
-                return layer(cell, x, h0, c0, self._weights(), sizes, 1)
+                _, h_n, c_n, _, _ = layer(cell, x, h0, c0, self._weights(), sizes, 1)
+                return h_n.squeeze(0), h_n, c_n  # not y: that is kept for backward, and mustn't change
             return ops.infer(cell, x, h0, c0, self._weights(), sizes, 1)
         return None
 
@@ -77,7 +79,7 @@ class _Cell(torch.nn.RNNCellBase):
 def _batch_sizes(n: int) -> Tensor:
     with torch.inference_mode(False):
         sizes = torch.tensor([n], device="cpu")
-    if type(sizes) is Tensor:  # and not a tracer's
+    if type(sizes) is Tensor and not is_functorch_wrapped_tensor(sizes):  # not a tracer's, not a transform's
         _one_step[n] = sizes
     return sizes
 

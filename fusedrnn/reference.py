@@ -123,7 +123,7 @@ def _layer(
 ) -> Results:
     sizes = [x.shape[1]] * x.shape[0] if batch_sizes is None else batch_sizes.tolist()
     batch = x.shape[1] if batch_sizes is None else sizes[0]
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x.flatten(0, -2)
     count = len(weights) // directions
     outputs, finals, every_c = [], [], []
     for d in range(directions):

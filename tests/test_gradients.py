@@ -126,6 +126,14 @@ def test_cells(check, name, device):
     assert check(run, tensors)
 
 
+def test_second_order_without_input_features(device):
+    """torch.nn's cells allow an input size of 0."""
+    cell = fusedrnn.GRUCell(0, 3, dtype=torch.float64, device=device)
+    x = torch.zeros(2, 0, dtype=torch.float64, device=device)
+    h = torch.randn(2, 3, dtype=torch.float64, device=device, requires_grad=True)
+    assert gradgradcheck(lambda h: cell(x, h), (h,))
+
+
 # ---- some gradients, sometimes ---------------------------------------------------------------------
 
 
@@ -222,6 +230,27 @@ def test_final_states_may_be_changed_in_place(device):
     expected = grad(y.sum() + h_n.sum(), module.weight_hh_l0, retain_graph=True)[0]
     found = grad(y.sum() + h_n.add_(1).sum() + c_n.mul_(0).sum(), module.weight_hh_l0)[0]
     assert relative_error(found, expected) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["LSTMCell", "GRUCell"])
+def test_states_of_cells_may_be_changed_in_place(name, device):
+    """As with torch.nn's: programs mask them between steps where an episode has ended."""
+    kind = {"dtype": torch.float64, "device": device}
+    x, mask = torch.randn(5, 2, 3, **kind), torch.tensor([[1.0], [0.0]], **kind)
+    ours = getattr(fusedrnn, name)(3, 4, **kind)
+    theirs = getattr(torch.nn, name)(3, 4, **kind)
+    theirs.load_state_dict(ours.state_dict())
+    found, expected = [], []
+    for cell, gradients in ((ours, found), (theirs, expected)):
+        hx = None
+        for step in x:
+            hx = cell(step, hx)
+            states = hx if name == "LSTMCell" else (hx,)
+            for state in states:
+                state.mul_(mask)
+        gradients += grad(sum(state.sin().sum() for state in states), list(cell.parameters()))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 # ---- second order and beyond ---------------------------------------------------------------------

@@ -8,6 +8,7 @@ from conftest import assert_close_to_reference
 from helpers import VARIANTS, make_inputs, variant
 from test_gradients import MODULES, as_function, flat, make_modules
 from torch import nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd import forward_ad, functional, grad, gradcheck, gradgradcheck
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.func import functional_call, hessian, jacfwd, jacrev, jvp, vjp, vmap
@@ -16,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 import fusedrnn
-from fusedrnn import autograd, reference
+from fusedrnn import autograd, cells, reference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -251,6 +252,19 @@ def test_vmap_of_single_sequences(device):
     assert torch.equal(found[1][1], expected[1][1].transpose(0, 1))
     with pytest.raises(ValueError, match="at least one entry"):
         vmap(module)(x[:0])
+
+
+@pytest.mark.parametrize("transform", [func_grad, torch.func.functionalize], ids=["grad", "functionalize"])
+def test_cells_keep_nothing_of_a_transform(transform, device):
+    """What a cell remembers of a batch size is no tensor of a transform's, which is dead when that has ended."""
+    cell = fusedrnn.GRUCell(3, 4, device=device).requires_grad_(False)
+    x, h = torch.randn(91, 3, device=device), torch.zeros(91, 4, device=device)
+    cells._one_step.pop(91, None)
+    with torch.set_grad_enabled(transform is func_grad):
+        transform(lambda x: cell(x, h).sum())(x)
+    assert 91 not in cells._one_step
+    cell(x, h)
+    assert not is_functorch_wrapped_tensor(cells._one_step[91])
 
 
 def test_dropout_of_mapped_entries(device):
