@@ -49,7 +49,8 @@ def _has_its_shapes(module: Any) -> bool:
             "weight_hh": (rows, projected),
             "weight_hr": (projected, hidden),
         }
-        if getattr(module, name).shape != shapes.get(name[:9], (rows,)):
+        weight = getattr(module, name)  # if it is no tensor, torch.nn says so
+        if isinstance(weight, Tensor) and weight.shape != shapes.get(name[:9], (rows,)):
             return False
     return True
 

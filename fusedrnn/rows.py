@@ -70,7 +70,8 @@ def of_padded(x: Tensor, lengths: Lengths | None, reset: Tensor | None, batch_fi
     if lengths is None:
         lengths = torch.full((n,), t, device="cpu")
     lengths = torch.as_tensor(lengths, device="cpu")
-    if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
+    not_integers = lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool
+    if not_integers and lengths.numel() > 0:  # an empty list has no dtype of its own
         raise TypeError(f"expected lengths to be integers, got {_kind(lengths)}")
     if lengths.shape != (n,):
         raise RuntimeError(f"Expected lengths size {[n]}, got {list(lengths.shape)}")

@@ -220,6 +220,16 @@ def test_weights_that_do_not_fit(name, kind, case):
         module(torch.randn(N, I) if suffix == "" else torch.randn(T, N, I))
 
 
+@pytest.mark.parametrize("name, kind", LAYERS)
+def test_a_weight_that_is_none(name, kind):
+    def call(library):
+        module = getattr(library, name)(I, H, **kind)
+        module.bias_hh_l0 = None
+        return module(torch.randn(T, N, I))
+
+    same_outcome(call, must_raise=True)
+
+
 # ---- cells ---------------------------------------------------------------------------------------
 
 

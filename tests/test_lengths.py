@@ -184,6 +184,13 @@ def test_nothing_but_padding(name, hx, device):
     assert all(not p.grad.any() for p in ours.parameters())
 
 
+def test_no_sequence(device):
+    """An empty list says nothing of its dtype."""
+    y, h_n = fusedrnn.GRU(I, H, device=device)(torch.randn(T, 0, I, device=device), lengths=[])
+    assert y.shape == (T, 0, H)
+    assert h_n.shape == (1, 0, H)
+
+
 def test_a_reset_before_the_first_step_drops_the_given_state(device):
     module = fusedrnn.GRU(I, H, device=device)
     x, h = torch.randn(T, N, I, device=device), torch.randn(1, N, H, device=device, requires_grad=True)
