@@ -94,8 +94,8 @@ Layer Layer::check(const Tensor& x, const MaybeTensor& h0, const MaybeTensor& c0
   l.H = weights[0].size(0) / gates;
   l.P = l.H;
   if (l.projected) {
-    STD_TORCH_CHECK(weights[each - 1].dim() == 2, "fusedrnn: w_hr: expected [P, H], got ",
-                    text(weights[each - 1].sizes()));
+    STD_TORCH_CHECK(weights[each - 1].dim() == 2 && weights[each - 1].size(0) > 0,
+                    "fusedrnn: w_hr: expected [P, H] with P > 0, got ", text(weights[each - 1].sizes()));
     l.P = weights[each - 1].size(0);
   }
   l.saved = saved + l.projected;

@@ -113,6 +113,14 @@ def test_only_the_lstm_has_c_and_projection(cell, device):
         call_forward(cell, {**arguments, "weights": [*arguments["weights"], torch.zeros(3, 6, device=device)]})
 
 
+def test_a_projection_to_nothing(device):
+    arguments = forward_arguments("lstm", device)
+    weights = [w[:, :0] if k == 1 else w for k, w in enumerate(arguments["weights"])]
+    weights.append(weights[0].new_zeros(0, PADDED["H"]))
+    with pytest.raises(RuntimeError, match="P > 0"):
+        call_forward("lstm", {**arguments, "h0": arguments["h0"][..., :0], "weights": weights})
+
+
 LYING = {
     "increasing": [2, 3, 2, 1],
     "negative": [4, 3, 2, -1],
