@@ -133,7 +133,19 @@ void Layer::check_backward(const MaybeTensor& dy, const MaybeTensor& dh_n, const
   check_tensor("dcells", dcells, {rows, directions, H}, y, accumulator());
 }
 
-void Layer::check_advance(const Tensor& h, const MaybeTensor& c, const Tensor& y) const {
+// Whether the first and last bytes of two tensors say that they may share some.
+static bool overlap(const Tensor& a, const Tensor& b) {
+  if (a.numel() == 0 || b.numel() == 0) return false;
+  const auto begin = [](const Tensor& t) { return static_cast<const char*>(t.data_ptr()); };
+  const auto end = [&](const Tensor& t) {
+    int64_t last = 0;
+    for (int64_t i = 0; i < t.dim(); ++i) last += (t.size(i) - 1) * t.stride(i);
+    return begin(t) + (last + 1) * int64_t(t.element_size());
+  };
+  return begin(a) < end(b) && begin(b) < end(a);
+}
+
+void Layer::check_advance(const Tensor& x, const Tensor& h, const MaybeTensor& c, const Tensor& y) const {
   STD_TORCH_CHECK(c.has_value() == has_c, "fusedrnn: c: expected ", has_c ? "a tensor" : "None, this cell has no c");
   if (packed)
     check_tensor("y", y, {rows, directions * P}, h, dtype);
@@ -141,6 +153,7 @@ void Layer::check_advance(const Tensor& h, const MaybeTensor& c, const Tensor& y
     check_tensor("y", y, {T, N, directions * P}, h, dtype);
   STD_TORCH_CHECK(h.is_contiguous() && (!c || c->is_contiguous()) && y.is_contiguous(),
                   "fusedrnn: h, c, y: expected contiguous tensors, as they are written to");
+  STD_TORCH_CHECK(!overlap(x, y), "fusedrnn: x, y: expected memory of their own, as x is read while y is written");
 }
 
 std::vector<int64_t> Layer::y_shape() const {

@@ -40,7 +40,7 @@ struct FUSEDRNN_EXPORT Layer {
                       const MaybeTensor& dcells, const Tensor& y, const Tensor& gates, const Tensor& cells) const;
 
   // The results that an advance op writes; h and c are its states as well.
-  void check_advance(const Tensor& h, const MaybeTensor& c, const Tensor& y) const;
+  void check_advance(const Tensor& x, const Tensor& h, const MaybeTensor& c, const Tensor& y) const;
 
   std::vector<int64_t> y_shape() const;
   std::vector<int64_t> h_shape() const { return {directions, N, P}; }

@@ -186,7 +186,9 @@ def test_advance_op_refuses(name, device):
     x, h, c, weights, batch_sizes, directions = make_inputs(case, device).arguments()
     y = x.new_zeros(case.T, case.N, case.H)
     op = getattr(torch.ops.fusedrnn, f"{name}_advance").default
+    shared = x.new_zeros(x.numel() + y.numel())
     wrong = [
+        ({"x": shared[: x.numel()].view_as(x), "y": shared[1 : 1 + y.numel()].view_as(y)}, "memory of their own"),
         ({"y": y[:, :, 1:]}, "y: expected shape"),
         ({"y": y.double()}, "y: expected dtype"),
         ({"y": y.transpose(0, 1).contiguous().transpose(0, 1)}, "contiguous"),

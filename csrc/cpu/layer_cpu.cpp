@@ -232,7 +232,7 @@ template <class Cell>
 void advance_op(const Tensor& x, Tensor h, std::optional<Tensor> c, const std::vector<Tensor>& weights,
                 const MaybeTensor& batch_sizes, int64_t directions, Tensor y) {
   Layer l = Layer::of<Cell>(x, h, c, weights, batch_sizes, directions);
-  l.check_advance(h, c, y);
+  l.check_advance(x, h, c, y);
   if (l.dtype == ScalarType::Double) return advance<Cell, double>(l, x, h, c, weights, y);
   if (l.dtype == ScalarType::BFloat16) return advance<Cell, bf16>(l, x, h, c, weights, y);
   if (l.dtype == ScalarType::Float) return advance<Cell, float>(l, x, h, c, weights, y);

@@ -3,7 +3,8 @@
 #include <cstdint>
 #include <cstdlib>
 #include <mutex>
-#include <new>
+#include <stdexcept>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -92,7 +93,7 @@ Memory take_memory(size_t bytes) {
   Memory memory = kept().take(size);
   if (memory.base) return memory;
   memory = {static_cast<char*>(std::aligned_alloc(alignment, size)), size};
-  if (!memory.base) throw std::bad_alloc();
+  if (!memory.base) throw std::runtime_error("fusedrnn: can't allocate " + std::to_string(size) + " bytes of memory");
   if (alignment == huge_page) advise_huge_pages(memory.base, size);
   return memory;
 }

@@ -14,8 +14,8 @@ struct Memory {
 // How much the whole process keeps at most. The system may take the pages back whenever it is short of memory.
 constexpr size_t kept_bytes = size_t(512) << 20;
 
-// At least so many bytes, uninitialised, aligned to 64 bytes, or, if there are several of them, to huge pages. May
-// throw std::bad_alloc.
+// At least so many bytes, uninitialised, aligned to 64 bytes, or, if there are several of them, to huge pages. Throws
+// std::runtime_error if there is no memory.
 Memory take_memory(size_t bytes);
 void give_back(Memory memory);
 
