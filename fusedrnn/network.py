@@ -62,15 +62,16 @@ def network(
 
     if input.is_nested:
         _refuse_lengths(lengths, reset)
-        if input.layout != torch.jagged or input.dim() != 3 or isinstance(input.shape[1], int):
+        jagged: Any = input  # torch's annotations lack what only such a tensor has
+        if input.layout != torch.jagged or input.dim() != 3 or jagged._ragged_idx != 1:
             raise ValueError("Expected a nested tensor of the jagged layout and shape [N, (lengths), I]")
-        data = input.values()
+        data = jagged.values()
         expected = check_sizes(cell, data, states, weights, num_layers * directions, input.shape[0], 2)
         if states is None:
             states = tuple([data.new_zeros(e) for e in expected])
-        outputs, finals = _by_segments(of_nested(input, directions), cell, data, states, weights, *options)
+        outputs, finals = _by_segments(of_nested(jagged, directions), cell, data, states, weights, *options)
         nested = torch.nested.nested_tensor_from_jagged
-        return tuple([nested(t, input.offsets(), input.lengths()) for t in outputs]), finals
+        return tuple([nested(t, jagged.offsets(), jagged.lengths()) for t in outputs]), finals
 
     check_dimensions(cell, input, states)
     batched, batch_dim = input.dim() == 3, 0 if batch_first else 1

@@ -123,6 +123,22 @@ def test_lengths(name, options, given, training, device):
     assert_compiles(run, module, inputs, training)
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name, options", MODULES)
+def test_nested(name, options, training, device):
+    module = make(name, device, **STACKED, **options)
+    inputs = []
+    for lengths in ((5, 1, 2), (1, 7, 7, 3), (9, 9), (3, 1, 1, 1, 2)):
+        offsets = torch.tensor((0, *lengths), device=device).cumsum(0)
+        inputs.append((torch.randn(sum(lengths), 3, device=device), offsets))
+
+    def run(values, offsets):
+        y, *finals = flat(module(torch.nested.nested_tensor_from_jagged(values, offsets)))
+        return y.values(), *finals
+
+    assert_compiles(run, module, inputs, training)
+
+
 def test_one_graph_for_marked_dimensions(device):
     module = make("LSTM", device)
     counter = CompileCounterWithBackend("aot_eager")
