@@ -76,13 +76,13 @@ UNDER_ASAN = PYTHONPATH=build/asan:tools LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS
   UBSAN_OPTIONS=print_stacktrace=1 $(BIN)/pytest -q -p sanitized
 asan: $(VENV)/.dev
 	CXX="$(CXX)" FUSEDRNN_SANITIZE=address,undefined $(BIN)/python setup.py -q build --build-lib build/asan
-	$(UNDER_ASAN) --every 29 tests/test_ops.py tests/test_ops_edges.py $(ARGS)
+	$(UNDER_ASAN) --every 41 tests/test_ops.py tests/test_ops_edges.py $(ARGS)
 	$(UNDER_ASAN) -k 'test_amx or python_threads or (amx and bfloat16 and not all_options)' $(AMX) $(ARGS)
 	$(UNDER_ASAN) -p cuda_host --ops fusedrnn_cuda_host --every 83 $(CUDA_HOST) $(ARGS)
 
 # Every thread of a block is a fiber, in an order that differs from test to test.
 cuda-host: $(VENV)/.test
-	PYTHONPATH=tools $(BIN)/pytest -q -p cuda_host --ops fusedrnn_cuda_host --every 6 $(CUDA_HOST) $(ARGS)
+	PYTHONPATH=tools $(BIN)/pytest -q -p cuda_host --ops fusedrnn_cuda_host --every 7 $(CUDA_HOST) $(ARGS)
 
 mutants: $(VENV)/.test
 	PYTHONPATH=tools $(BIN)/python tools/mutants.py
