@@ -67,4 +67,35 @@ inline void copy_or_zero(Tensor to, const MaybeTensor& from) {
     torch::stable::zero_(to);
 }
 
+// The upstream gradients and the results of forward, as backward gets them.
+struct BackwardArguments {
+  MaybeTensor dy, dh_n, dc_n, dcells;
+  Tensor x;
+  MaybeTensor h0, c0;
+  std::vector<Tensor> weights;
+  Tensor y, gates, cells;
+};
+
+inline bool nothing_to_do(const Layer& l) { return l.rows == 0 || l.H == 0; }
+
+// No step: the state (or its gradient) stays as it was. No unit: a projection of nothing, which is 0.
+inline MaybeTensor state_without_work(const Layer& l, const MaybeTensor& state) {
+  return l.rows == 0 ? state : MaybeTensor();
+}
+inline void results_without_work(const Layer& l, const MaybeTensor& h0, const MaybeTensor& c0,
+                                 const ForwardResult& results) {
+  const auto& [y, h_n, c_n, gates, cells] = results;
+  copy_or_zero(y, {});
+  copy_or_zero(h_n, state_without_work(l, h0));
+  if (l.has_c) copy_or_zero(c_n, c0);
+}
+inline void gradients_without_work(const Layer& l, const MaybeTensor& dh_n, const MaybeTensor& dc_n,
+                                   const BackwardResult& results) {
+  const auto& [dx, dh0, dc0, dweights] = results;
+  copy_or_zero(dx, {});
+  copy_or_zero(dh0, state_without_work(l, dh_n));
+  copy_or_zero(dc0, dc_n);
+  for (const Tensor& t : dweights) copy_or_zero(t, {});
+}
+
 }  // namespace fusedrnn

@@ -48,17 +48,6 @@ int threads_for(const Layer& l) {
   return plan_threads(max_threads(), layer_multiply_adds(l.rows, l.directions, l.gates, l.H, l.I, l.P));
 }
 
-bool nothing_to_do(const Layer& l) { return l.rows == 0 || l.H == 0; }
-
-// No step: the state (or its gradient) stays as it was. No unit: a projection of nothing, which is 0.
-MaybeTensor state_without_work(const Layer& l, const MaybeTensor& state) { return l.rows == 0 ? state : MaybeTensor(); }
-void results_without_work(const Layer& l, const MaybeTensor& h0, const MaybeTensor& c0, const ForwardResult& results) {
-  const auto& [y, h_n, c_n, gates, cells] = results;
-  copy_or_zero(y, {});
-  copy_or_zero(h_n, state_without_work(l, h0));
-  if (l.has_c) copy_or_zero(c_n, c0);
-}
-
 // The kernel on tensors that are dense as it needs them, into the results.
 template <class Cell, class S>
 void run_forward(const Layer& l, const Tensor& x, const MaybeTensor& h0, const MaybeTensor& c0,
@@ -125,15 +114,6 @@ void advance(const Layer& l, const Tensor& x, const Tensor& h, const MaybeTensor
     copy_or_zero(y, {}), copy_or_zero(h, {});
 }
 
-// The upstream gradients and the results of forward, as backward gets them.
-struct BackwardArguments {
-  MaybeTensor dy, dh_n, dc_n, dcells;
-  Tensor x;
-  MaybeTensor h0, c0;
-  std::vector<Tensor> weights;
-  Tensor y, gates, cells;
-};
-
 template <class Cell, class S>
 BackwardResult backward(const Layer& l, const BackwardArguments& a, int64_t needs) {
   const Tensor x = dense_columns(a.x), y = dense(a.y), gates = dense(a.gates), cells = dense(a.cells);
@@ -151,12 +131,10 @@ BackwardResult backward(const Layer& l, const BackwardArguments& a, int64_t need
   for (size_t i = 0; i < weights.size(); ++i)
     dweights.push_back(result(need_first_weight << i, {weights[i].sizes().begin(), weights[i].sizes().end()}));
   const auto wanted = [](const Tensor& t, bool need) { return need ? data<S>(t) : nullptr; };
+  const BackwardResult results{dx, dh0, dc0, dweights};
   if (nothing_to_do(l)) {
-    copy_or_zero(dx, {});
-    copy_or_zero(dh0, state_without_work(l, dh_n));
-    copy_or_zero(dc0, dc_n);
-    for (const Tensor& t : dweights) copy_or_zero(t, {});
-    return {dx, dh0, dc0, dweights};
+    gradients_without_work(l, dh_n, dc_n, results);
+    return results;
   }
   Backward<S> p[2];
   const int64_t D = l.directions, each = l.weights_per_direction;
@@ -189,7 +167,7 @@ BackwardResult backward(const Layer& l, const BackwardArguments& a, int64_t need
     p[d].dy.data = offset(p[d].dy.data, d * l.P);
   }
   cpu_kernels().of<S>(kind_of<Cell>()).backward(p, int(D), threads_for(l));
-  return {dx, dh0, dc0, dweights};
+  return results;
 }
 
 // float16 has no arithmetic of its own on most CPUs: it is computed in float32.

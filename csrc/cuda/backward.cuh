@@ -6,20 +6,10 @@
 
 namespace fusedrnn::cuda {
 
-// The upstream gradients and the results of forward, as backward gets them.
-struct BackwardArguments {
-  MaybeTensor dy, dh_n, dc_n, dcells;
-  Tensor x;
-  MaybeTensor h0, c0;
-  std::vector<Tensor> weights;
-  Tensor y, gates, cells;
-
-  BackwardArguments dense() const {
-    using fusedrnn::dense;
-    return {dense(dy), dense(dh_n),    dense(dc_n), dense(dcells), x,           dense(h0),
-            dense(c0), dense(weights), dense(y),    dense(gates),  dense(cells)};
-  }
-};
+inline BackwardArguments dense_arguments(const BackwardArguments& a) {
+  return {dense(a.dy), dense(a.dh_n),    dense(a.dc_n), dense(a.dcells), a.x,           dense(a.h0),
+          dense(a.c0), dense(a.weights), dense(a.y),    dense(a.gates),  dense(a.cells)};
+}
 
 template <class Cell, class Math>
 class BackwardPass {
@@ -33,7 +23,7 @@ class BackwardPass {
                Stream stream)
       : l(layer),
         call(l, arguments.x, stream),
-        a(arguments.dense()),
+        a(dense_arguments(arguments)),
         x(stable::reshape(a.x, {l.rows, l.I})),
         needs(needs_),
         to(to_) {

@@ -29,13 +29,6 @@ PlanRequest request(const Layer& l, bool backward) {
   return {l.T, l.N, l.H, l.P, int(l.directions), int(l.gates), backward, element, Math::resident, l.projected};
 }
 
-inline bool nothing_to_do(const Layer& l) { return l.rows == 0 || l.H == 0; }
-
-// No step: the state (or its gradient) stays as it was. No unit: a projection of nothing, which is 0.
-inline MaybeTensor state_without_work(const Layer& l, const MaybeTensor& state) {
-  return l.rows == 0 ? state : MaybeTensor();
-}
-
 // What both passes of a layer need on their device.
 struct Call {
   const Layer& l;

@@ -16,9 +16,7 @@ ForwardResult forward(const Layer& l, const Tensor& x, const MaybeTensor& h0, co
   const Tensor cells = empty(save && l.has_c ? l.cells_shape() : none, l.accumulator(), x);
   const ForwardResult to{y, h_n, c_n, gates, cells};
   if (nothing_to_do(l)) {
-    copy_or_zero(y, {});
-    copy_or_zero(h_n, state_without_work(l, h0));
-    copy_or_zero(c_n, c0);
+    results_without_work(l, h0, c0, to);
     return to;
   }
   const OnDevice device(x.get_device_index());
@@ -39,10 +37,7 @@ BackwardResult backward(const Layer& l, const BackwardArguments& a, int64_t need
     dweights.push_back(result(need_first_weight << i, {a.weights[i].sizes().begin(), a.weights[i].sizes().end()}));
   const BackwardResult to{dx, dh0, dc0, dweights};
   if (nothing_to_do(l)) {
-    copy_or_zero(dx, {});
-    copy_or_zero(dh0, state_without_work(l, a.dh_n));
-    copy_or_zero(dc0, a.dc_n);
-    for (const Tensor& t : dweights) copy_or_zero(t, {});
+    gradients_without_work(l, a.dh_n, a.dc_n, to);
     return to;
   }
   const OnDevice device(a.x.get_device_index());

@@ -90,9 +90,8 @@ StackResult stack_forward(const Stack& s, const MaybeTensor& h0, const MaybeTens
     cells.push_back(empty(save && l.has_c ? layer.cells_shape() : none, l.accumulator(), s.y()));
   }
   if (nothing_to_do(l)) {
-    for (int64_t i = 0; i < count; ++i) copy_or_zero(s.inputs[i + 1], {});
-    copy_or_zero(h_n, state_without_work(l, h0));
-    copy_or_zero(c_n, c0);
+    for (int64_t i = 1; i < count; ++i) copy_or_zero(s.inputs[i], {});
+    results_without_work(l, h0, c0, {s.y(), h_n, c_n, gates[0], cells[0]});
   } else {
     const OnDevice device(s.y().get_device_index());
     const Plan plan = s.plan<Cell, Math>(false, count);
@@ -156,10 +155,7 @@ StackBackwardResult stack_backward(const Stack& s, const StackBackwardArguments&
       dweights.push_back(result(own & (need_first_weight << j), like(a.weights[i * s.each + j])));
   }
   if (nothing_to_do(l)) {
-    copy_or_zero(dx[0], {});
-    copy_or_zero(dh0, state_without_work(l, a.dh_n));
-    copy_or_zero(dc0, a.dc_n);
-    for (const Tensor& t : dweights) copy_or_zero(t, {});
+    gradients_without_work(l, a.dh_n, a.dc_n, {dx[0], dh0, dc0, dweights});
   } else if (bottom < count) {
     const OnDevice device(s.y().get_device_index());
     const Plan plan = s.plan<Cell, Math>(true, count - bottom);
