@@ -8,7 +8,7 @@
 Derivatives of any order work; no gradient, no memory for one.
 """
 
-from . import functional, onnx, ops, reference
+from . import flops, functional, onnx, ops, reference
 from ._C import build_info, release_memory
 from .cells import GRUCell, LSTMCell, RNNCell
 from .convert import convert, patch
@@ -43,3 +43,5 @@ __all__ = [
     "use_plan",
 ]
 __version__ = "0.1.0"
+
+flops.register()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from operator import itemgetter
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -26,6 +26,8 @@ from .rows import Lengths
 
 # Taken now: patch() rebinds the names.
 _NN_RNN, _NN_LSTM, _NN_GRU = torch.nn.RNN, torch.nn.LSTM, torch.nn.GRU
+
+_Input = TypeVar("_Input", Tensor, PackedSequence)
 
 CELL = {"LSTM": "lstm", "GRU": "gru", "RNN_TANH": "rnn_tanh", "RNN_RELU": "rnn_relu"}
 _is_grad_enabled = torch.is_grad_enabled
@@ -89,21 +91,9 @@ class FusedBase(torch.nn.RNNBase):
 
 
 class _OneState(FusedBase):
-    """RNN and GRU: the state is h alone."""
+    """RNN and GRU: the state is h alone. Each has a ``forward`` of its own, which Python's errors name."""
 
-    @overload
-    def forward(
-        self, input: Tensor, hx: Tensor | None = None, *, lengths: Lengths | None = None, reset: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]: ...
-
-    @overload
-    def forward(self, input: PackedSequence, hx: Tensor | None = None) -> tuple[PackedSequence, Tensor]: ...
-
-    def forward(
-        self, input: Any, hx: Tensor | None = None, *, lengths: Lengths | None = None, reset: Tensor | None = None
-    ) -> tuple[Any, Tensor]:
-        """Runs the network; arguments, results and errors are torch.nn's (see the class), and ``lengths``
-        and ``reset`` those of :func:`fusedrnn.functional.lstm`."""
+    def _run(self, input: Any, hx: Tensor | None, lengths: Lengths | None, reset: Tensor | None) -> tuple[Any, Tensor]:
         try:
             # The plain case in as few Python steps as it takes; the op checks the arguments.
             if (
@@ -193,6 +183,13 @@ class RNN(_OneState):
             raise ValueError(f"Unknown nonlinearity '{self.nonlinearity}'. Select from 'tanh' or 'relu'.")
         super().__init__(f"RNN_{self.nonlinearity.upper()}", *args, **kwargs)
 
+    def forward(
+        self, input: _Input, hx: Tensor | None = None, *, lengths: Lengths | None = None, reset: Tensor | None = None
+    ) -> tuple[_Input, Tensor]:
+        """Runs the network; arguments, results and errors are torch.nn's (see the class), and ``lengths``
+        and ``reset`` those of :func:`fusedrnn.functional.lstm`."""
+        return self._run(input, hx, lengths, reset)
+
 
 class GRU(_OneState):
     """A drop-in for :class:`torch.nn.GRU` (its formulas; reset after the recurrent matmul)::
@@ -230,6 +227,13 @@ class GRU(_OneState):
         if "proj_size" in kwargs:
             raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
         super().__init__("GRU", *args, **kwargs)
+
+    def forward(
+        self, input: _Input, hx: Tensor | None = None, *, lengths: Lengths | None = None, reset: Tensor | None = None
+    ) -> tuple[_Input, Tensor]:
+        """Runs the network; arguments, results and errors are torch.nn's (see the class), and ``lengths``
+        and ``reset`` those of :func:`fusedrnn.functional.lstm`."""
+        return self._run(input, hx, lengths, reset)
 
 
 class LSTM(FusedBase):

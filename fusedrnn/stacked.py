@@ -19,13 +19,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import autograd, ops, vmap
+
+_Item = TypeVar("_Item")
 
 CHUNK = 64  # steps; of fewer, starting a launch would take as long as the wave wins
 
@@ -42,7 +44,7 @@ def _forward(
     tf32: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     results = []
-    for k, own in enumerate(_of_layers(weights, layers)):
+    for k, own in enumerate(of_layers(weights, layers)):
         results.append(ops.forward[cell](x, _layer(h0, k), _layer(c0, k), own, None, 1, save, tf32))
         x = results[-1][0]
     ys, h_n, c_n, gates, cells = map(list, zip(*results, strict=True))
@@ -67,26 +69,34 @@ def _backward(
     tf32: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     inputs, gates, cells = [x, *saved[: layers - 1], y], saved[layers - 1 : -layers], saved[-layers:]
-    own = _of_layers(weights, layers)
+    own = of_layers(weights, layers)
     none = x.new_empty(0)
     gradients: list[Any] = [(none, none, none, [none] * len(own[0]))] * layers
-    bottom = next((k for k in range(layers) if needs[k] | needs[0] & 7), layers)
-    for k in reversed(range(bottom, layers)):
-        mask = needs[k] & ~7 | needs[0] & 6 | (k > bottom or needs[0] & 1)
+    masks = layer_needs(needs, layers)
+    for k in reversed(range(layers)):
+        if not masks[k]:
+            break
         upstream = (dy, _layer(dh_n, k), _layer(dc_n, k), None)
         given = (inputs[k], _layer(h0, k), _layer(c0, k), own[k], None, 1, inputs[k + 1], gates[k], cells[k])
-        gradients[k] = ops.backward[cell](*upstream, *given, mask, tf32)
+        gradients[k] = ops.backward[cell](*upstream, *given, masks[k], tf32)
         dy = gradients[k][0]
     _, dh0, dc0, dweights = zip(*gradients, strict=True)
     every = [w if w.numel() else w.clone() for dw in dweights for w in dw]  # what isn't there, a tensor of its own
     return gradients[0][0], torch.cat(dh0), torch.cat(dc0), every
 
 
+def layer_needs(needs: Sequence[int], layers: int) -> list[int]:
+    """The mask of each layer's own backward op; 0 for those below the first that anything is needed of."""
+    bottom = next((k for k in range(layers) if needs[k] | needs[0] & 7), layers)
+    own = [needs[k] & ~7 | needs[0] & 6 | (k > bottom or needs[0] & 1) for k in range(bottom, layers)]
+    return [0] * bottom + own
+
+
 def _layer(state: Tensor | None, k: int) -> Tensor | None:
     return None if state is None or state.numel() == 0 else state[k : k + 1]
 
 
-def _of_layers(weights: Sequence[Tensor], layers: int) -> list[Sequence[Tensor]]:
+def of_layers(weights: Sequence[_Item], layers: int) -> list[Sequence[_Item]]:
     count = len(weights) // layers
     return [weights[k * count : (k + 1) * count] for k in range(layers)]
 
@@ -121,7 +131,7 @@ class StackedLayers(autograd._Function):
         if torch.is_grad_enabled() or vmap.is_legacy(dy, dh_n, dc_n):
             return None, None, *_gradients_by_layers(cell, layers, tensors, needed, dy, dh_n, dc_n)
         x, h0, c0, *weights = tensors
-        masks = [sum([8 << i for i, need in enumerate(own) if need]) for own in _of_layers(needed[3:], layers)]
+        masks = [sum([8 << i for i, need in enumerate(own) if need]) for own in of_layers(needed[3:], layers)]
         masks[0] |= sum([1 << bit for bit, need in enumerate(needed[:3]) if need])
         dc_n = dc_n if cell == "lstm" else None
         dx, dh0, dc0, dweights = backward[cell](
@@ -143,7 +153,7 @@ def _gradients_by_layers(
         aliases: list[Any] = [autograd._alias(t) for t in tensors]
         x, h0, c0, *weights = aliases
         finals = []
-        for k, own in enumerate(_of_layers(weights, layers)):
+        for k, own in enumerate(of_layers(weights, layers)):
             x, h_n, c_n, *_ = autograd.apply(cell, 1, None, False, x, _layer(h0, k), _layer(c0, k), *own)
             finals.append((h_n, c_n))
         outputs = (x, *map(torch.cat, zip(*finals, strict=True)))

@@ -24,6 +24,7 @@ class Stream:
     them (``clone()`` what is to be kept): on a CPU, after the first call with a shape, no tensor is
     allocated any more (but in float16). A result may be the next input, ``y = stream(y)``; it is copied
     then. A stream is for one thread, and for the device and dtype that the module has when it is made.
+    Pickled or copied, it takes the module along, and its state at that time.
 
     Args:
         module: an ``LSTM``, ``GRU`` or ``RNN`` of fusedrnn in one direction; dropout is not applied.
@@ -93,6 +94,12 @@ class Stream:
         ]
         self._result = results[-1].transpose(0, 1) if self.module.batch_first and chunk else results[-1]
         self._shape = input.shape
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.module, self.batch_size), self.state
+
+    def __setstate__(self, hx: Any) -> None:
+        self.state = hx
 
     def reset(self, sequences: Tensor | None = None) -> None:
         """Zero states for all sequences, or for some of them: indices, or a bool mask ``[N]``."""

@@ -289,6 +289,12 @@ def test_cell_calls(name, kind, case):
             same_outcome(call, promoted=case.removeprefix("c ") in MIXED)
 
 
+@pytest.mark.parametrize("arguments, options", [((), {}), ((1, 2, 3), {}), ((1,), {"state": 2}), ((1,), {"input": 2})])
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell"])
+def test_number_of_arguments(name, arguments, options):
+    same_outcome(lambda library: getattr(library, name)(I, H)(*arguments, **options), must_raise=True)
+
+
 def test_unknown_nonlinearity_of_a_cell():
     same_outcome(lambda library: library.RNNCell(I, H, nonlinearity="cube")(torch.randn(N, I)), must_raise=True)
 

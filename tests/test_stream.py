@@ -1,5 +1,8 @@
 """Stream: a step or a chunk at a time gives what the whole sequence gives, without allocation."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from helpers import DTYPES, VARIANTS, layer_op, make_inputs, variant
@@ -117,6 +120,37 @@ def test_trained_in_place(device):
     assert not torch.equal(after, before)
     torch.testing.assert_close(after, module(x[None])[0][0])
     assert not after.requires_grad
+
+
+def through_pickle(stream):
+    return pickle.loads(pickle.dumps(stream))
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, through_pickle])
+@pytest.mark.parametrize("name", ["lstm", "gru"])
+def test_copies(name, copied, device):
+    """A copy goes on from where the stream was, and neither sees what the other one does."""
+    module = module_of(name, device, num_layers=2)
+    x = torch.randn(T, N, I, dtype=torch.float64, device=device)
+    stream = fusedrnn.Stream(module, N)
+    stream(x[:3])
+    other = copied(stream)
+    assert (other.module is module) == (copied is copy.copy)
+    expected = module(x)[0]
+    for k in range(3, T):
+        torch.testing.assert_close(stream(x[k]), expected[k])
+    for k in range(3, T):
+        torch.testing.assert_close(other(x[k]), expected[k])
+
+
+def test_copied_with_its_module(device):
+    """What is one module before is one after."""
+    holder = nn.Module()
+    holder.lstm = module_of("lstm", device)
+    holder.stream = fusedrnn.Stream(holder.lstm)
+    for copied in (copy.deepcopy, through_pickle):
+        other = copied(holder)
+        assert other.stream.module is other.lstm is not holder.lstm
 
 
 @pytest.mark.parametrize("shape", [(1, I), (4, 1, I)], ids=["step", "chunk"])
