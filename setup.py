@@ -135,6 +135,7 @@ class Plan:
         self.defines = [
             STABLE_ABI,
             "-DFUSEDRNN_NAMESPACE=fusedrnn",
+            *("-include", "csrc/torch_errors.h"),
             *(f"-DFUSEDRNN_HAVE_{isa.upper()}" for isa in usable),
         ]
         self.torch_headers = ["-isystem", str(torch.folder / "include")]

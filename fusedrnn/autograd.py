@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 from torch.autograd.function import Function
 
 from . import ops, reference, vmap
+from .errors import raises_out_of_memory
 
 _HALF = (torch.bfloat16, torch.float16)
 _FIXED = 7  # arguments of LayerBackward before dy: constants to its derivative
@@ -63,6 +64,7 @@ class Layer(_Function):
         ctx.save_for_backward(batch_sizes, x, h0, c0, y, gates, cells, *weights)
 
     @staticmethod
+    @raises_out_of_memory
     def backward(ctx: Any, dy: Any, dh_n: Any, dc_n: Any, _: Any, dcells: Any) -> tuple[Any, ...]:
         if dy is None and dh_n is None and dc_n is None and dcells is None:
             return (None,) * len(ctx.needs_input_grad)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,16 +12,23 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import ops
 
+_Result = TypeVar("_Result")
+
 # Other exceptions pass (checkpointing stops a forward with one).
 ARGUMENT_ERRORS = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+# What says that the arguments were right: of an allocation on a GPU, on the CPU, in C++.
+_NO_MEMORY = ("out of memory", "can't allocate", "bad_alloc")
 
 
 def in_torch_words(forward: Any, module: Any, input: Any, hx: Any, error: Exception) -> Exception:
     """What torch.nn's ``forward`` raises for the arguments that gave ``error``, or else that."""
     transformed = torch._C._are_functorch_transforms_active()  # torch.nn knows fewer of them
     nested = isinstance(input, Tensor) and input.is_nested  # and none of these
-    if transformed or nested or isinstance(error, torch.OutOfMemoryError):
+    if transformed or nested:
         return error
+    if any(words in str(error) for words in _NO_MEMORY):
+        return out_of_memory(error)
     try:
         with torch.no_grad():
             if isinstance(module, torch.nn.RNNBase) and isinstance(input, PackedSequence):
@@ -34,6 +42,24 @@ def in_torch_words(forward: Any, module: Any, input: Any, hx: Any, error: Except
     except Exception as theirs:
         return theirs
     return error
+
+
+def out_of_memory(error: Exception) -> Exception:
+    """``error`` as a torch.OutOfMemoryError, if it is an op's that had no memory on a GPU: an op can't raise one."""
+    return torch.OutOfMemoryError(str(error)) if "CUDA out of memory" in str(error) else error
+
+
+def raises_out_of_memory(backward: Callable[..., _Result]) -> Callable[..., _Result]:
+    """The ``backward`` of an autograd.Function, with such an error in the place of the op's."""
+
+    @wraps(backward)
+    def wrapped(ctx: Any, *gradients: Any) -> _Result:
+        try:
+            return backward(ctx, *gradients)
+        except RuntimeError as error:
+            raise out_of_memory(error) from None
+
+    return wrapped
 
 
 def _has_its_shapes(module: Any) -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import ops, vmap
 from .autograd import Layer, layer_gradients
+from .errors import raises_out_of_memory
 
 _Item = TypeVar("_Item")
 
@@ -64,6 +65,7 @@ class RecomputedLayer(Layer):
         return y, h_n, c_n, checkpoints, cells
 
     @staticmethod
+    @raises_out_of_memory
     def backward(ctx: Any, dy: Any, dh_n: Any, dc_n: Any, _: Any, dcells: Any) -> tuple[Any, ...]:
         upstream = (dy, dh_n, dc_n, dcells)
         if all(d is None for d in upstream):

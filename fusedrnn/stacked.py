@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import autograd, ops, vmap
+from .errors import raises_out_of_memory
 
 _Item = TypeVar("_Item")
 
@@ -123,6 +124,7 @@ class StackedLayers(autograd._Function):
         ctx.save_for_backward(*tensors, y, *saved)
 
     @staticmethod
+    @raises_out_of_memory
     def backward(ctx: Any, dy: Any, dh_n: Any, dc_n: Any, *_: Any) -> tuple[Any, ...]:
         if dy is None and dh_n is None and dc_n is None:
             return (None,) * len(ctx.needs_input_grad)

@@ -47,7 +47,10 @@ class Stream:
         if module.mode == "LSTM":
             widths.append(module.hidden_size)
         like = module._weights()[0].detach()
-        self._states = tuple([like.new_zeros(module.num_layers, batch_size, width) for width in widths])
+        sizes = [module.num_layers * batch_size * width for width in widths]
+        self._memory, self._before = like.new_zeros(2, sum(sizes))  # of all states, and of their copies
+        parts = zip(self._memory.split(sizes), widths, strict=True)
+        self._states = tuple([part.view(module.num_layers, batch_size, width) for part, width in parts])
         self._shape: torch.Size | None = None  # of the input for which there are results
 
     def __call__(self, input: Tensor) -> Tensor:
@@ -61,7 +64,8 @@ class Stream:
             Every h of the last layer, shaped as ``input``; overwritten by the next call.
 
         Raises:
-            ValueError, RuntimeError: the input's dtype, shape or device is wrong.
+            ValueError, RuntimeError: the input's dtype, shape or device is wrong, or there is no memory; the
+                state is what it was.
         """
         if input.shape != self._shape:
             self._prepare(input)
@@ -73,9 +77,16 @@ class Stream:
         weights = self.module._weights()
         count = len(weights) // len(self._layers)
         with torch.no_grad():
-            for k, (h, c, y) in enumerate(self._layers):
-                self._advance(x, h, c, weights[k * count : (k + 1) * count], sizes, 1, y)
-                x = y
+            if len(self._layers) > 1:
+                self._before.copy_(self._memory)
+            try:
+                for k, (h, c, y) in enumerate(self._layers):
+                    self._advance(x, h, c, weights[k * count : (k + 1) * count], sizes, 1, y)
+                    x = y
+            except Exception:
+                if len(self._layers) > 1:  # some are a step further than the others
+                    self._memory.copy_(self._before)
+                raise
         return self._result
 
     def _prepare(self, input: Tensor) -> None:

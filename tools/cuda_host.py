@@ -42,6 +42,7 @@ def build(lib: Path, sanitize: str = "", mutation: tuple[str, str, str] | None =
     folder.mkdir(parents=True, exist_ok=True)
     host = ROOT / "tests/cuda_host"
     flags = [*FLAGS, *([f"-fsanitize={sanitize}", "-fno-sanitize-recover=all"] if sanitize else [])]
+    flags += ["-include", str(sources / "csrc/torch_errors.h")]
     command = [*compiler.command, *flags, "-isystem", str(torch.folder / "include"), "-iquote", str(host)]
     units = [sources / "csrc/ops.cpp", *sorted((sources / "csrc/cuda").glob("*.cu")), host / "fibers.cpp"]
     headers = [*(sources / "csrc").rglob("*.h"), *(sources / "csrc").rglob("*.cuh"), *host.glob("*.h")]

@@ -93,6 +93,7 @@ Memory take_memory(size_t bytes) {
   Memory memory = kept().take(size);
   if (memory.base) return memory;
   memory = {static_cast<char*>(std::aligned_alloc(alignment, size)), size};
+  if (!memory.base && kept().release()) memory.base = static_cast<char*>(std::aligned_alloc(alignment, size));
   if (!memory.base) throw std::runtime_error("fusedrnn: can't allocate " + std::to_string(size) + " bytes of memory");
   if (alignment == huge_page) advise_huge_pages(memory.base, size);
   return memory;
