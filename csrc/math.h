@@ -6,6 +6,10 @@
 #include <cstring>
 #include <type_traits>
 
+#ifdef __AVX__
+#include <immintrin.h>
+#endif
+
 #if defined(__CUDACC__)
 #define FUSEDRNN_INLINE __host__ __device__ __forceinline__
 #else
@@ -29,14 +33,14 @@ struct Lanes<T, false> {
 template <class T>
 using scalar_t = typename Lanes<T>::scalar;
 
-// 2^x = scale * (1 + p): the scale is a power of two, p = 2^f - 1 of the fraction f.
+// 2^x = scale + p: the scale is a power of two, p = scale (2^f - 1) of the fraction f.
 template <class T>
 struct Exp2Parts {
   T p, scale;
 };
 
-// 2^(factor x) for |factor x| within the exponent's range: factor x = n + f, |f| <= 1/2, then p = f q(f). q is a
-// minimax polynomial for float (relative error 1.1e-8) and the series of (2^f - 1) / f for double (below 1e-17).
+// 2^(factor x) for |factor x| within the exponent's range: factor x = n + f, |f| <= 1/2, then 2^f - 1 = f q(f). q is
+// a minimax polynomial for float (relative error 1.1e-8) and the series of (2^f - 1) / f for double (below 1e-17).
 template <class T>
 FUSEDRNN_INLINE Exp2Parts<T> exp2_parts(T x, scalar_t<T> factor) {
   using S = scalar_t<T>;
@@ -76,13 +80,20 @@ FUSEDRNN_INLINE Exp2Parts<T> exp2_parts(T x, scalar_t<T> factor) {
     q = f * q + S(2.4022650695910072e-1);
     q = f * q + S(6.9314718055994531e-1);
   }
-  return {f * q, scale};
+  return {f * scale * q, scale};
 }
 
 // Written so that NaN stays NaN.
 template <class T>
 FUSEDRNN_INLINE T clamp(T x, scalar_t<T> lo, scalar_t<T> hi) {
   const T low = T{} + lo, high = T{} + hi;
+  // The compiler does not see that these are the vectors' maximum and minimum, which give x if it is NaN.
+#ifdef __AVX__
+  if constexpr (sizeof(T) == 32 && sizeof(lo) == 4) return _mm256_min_ps(high, _mm256_max_ps(low, x));
+#endif
+#ifdef __AVX512F__
+  if constexpr (sizeof(T) == 64 && sizeof(lo) == 4) return _mm512_maskz_min_ps(-1, high, _mm512_maskz_max_ps(-1, low, x));
+#endif
   x = x < low ? low : x;
   return x > high ? high : x;
 }
@@ -93,7 +104,7 @@ FUSEDRNN_INLINE T sigmoid(T x) {
   using S = scalar_t<T>;
   constexpr S limit = sizeof(S) == 4 ? 87 : 708;
   const Exp2Parts<T> e = exp2_parts(clamp(x, -limit, limit), S(-1.4426950408889634));
-  return S(1) / (e.p * e.scale + (e.scale + S(1)));
+  return S(1) / (e.p + (e.scale + S(1)));
 }
 
 // expm1(2x) / (expm1(2x) + 2): no cancellation near 0.
@@ -102,7 +113,7 @@ FUSEDRNN_INLINE T tanh(T x) {
   using S = scalar_t<T>;
   constexpr S limit = sizeof(S) == 4 ? 10 : 20;
   const Exp2Parts<T> e = exp2_parts(clamp(x, -limit, limit), S(2 * 1.4426950408889634));
-  const T expm1 = e.p * e.scale + (e.scale - S(1));
+  const T expm1 = e.p + (e.scale - S(1));
   return expm1 / (expm1 + S(2));
 }
 
