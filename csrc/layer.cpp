@@ -58,19 +58,27 @@ std::vector<int64_t> offsets(const Tensor& batch_sizes, int64_t rows) {
 }  // namespace
 
 Layer Layer::check(const Tensor& x, const MaybeTensor& h0, const MaybeTensor& c0, const std::vector<Tensor>& weights,
-                   const MaybeTensor& batch_sizes, int64_t directions, int64_t gates, int64_t saved, bool has_c) {
+                   const MaybeTensor& batch_sizes, int64_t directions, bool step, int64_t gates, int64_t saved,
+                   bool has_c) {
   STD_TORCH_CHECK(directions == 1 || directions == 2, "fusedrnn: directions: expected 1 or 2, got ", directions);
   Layer l{};
   l.directions = directions, l.gates = gates, l.has_c = has_c;
-  l.packed = batch_sizes.has_value();
+  l.packed = step || batch_sizes;
+  l.step = step;
   l.dtype = x.scalar_type();
   STD_TORCH_CHECK(l.dtype == ScalarType::Float || l.dtype == ScalarType::Double || l.dtype == ScalarType::BFloat16 ||
                       l.dtype == ScalarType::Half,
                   "fusedrnn: x: expected dtype Float, Double, BFloat16 or Half, got ", toString(l.dtype));
   STD_TORCH_CHECK(x.dim() == (l.packed ? 2 : 3), "fusedrnn: x: expected ",
-                  l.packed ? "[rows, I] with batch_sizes" : "[T, N, I] without batch_sizes", ", got ", text(x.sizes()));
+                  step          ? "[N, I]"
+                  : batch_sizes ? "[rows, I] with batch_sizes"
+                                : "[T, N, I] without batch_sizes",
+                  ", got ", text(x.sizes()));
   l.I = x.size(x.dim() - 1);
-  if (l.packed) {
+  if (step) {
+    l.T = 1, l.N = l.rows = x.size(0);
+    if (l.rows > 0) l.offset = {0, l.rows};
+  } else if (l.packed) {
     l.rows = x.size(0);
     l.offset = offsets(*batch_sizes, l.rows);
     l.T = int64_t(l.offset.size()) - 1;
@@ -107,9 +115,14 @@ Layer Layer::check(const Tensor& x, const MaybeTensor& h0, const MaybeTensor& c0
     if (l.bias) check_tensor("b_hh", w[3], {gates * l.H}, x, l.dtype);
     if (l.projected) check_tensor("w_hr", w[each - 1], {l.P, l.H}, x, l.dtype);
   }
-  check_tensor("h0", h0, {directions, l.N, l.P}, x, l.dtype);
-  STD_TORCH_CHECK(has_c || !c0, "fusedrnn: c0: expected None, this cell has no c");
-  check_tensor("c0", c0, {directions, l.N, l.H}, x, l.dtype);
+  STD_TORCH_CHECK(has_c || !c0, "fusedrnn: ", step ? "c" : "c0", ": expected None, this cell has no c");
+  if (step) {
+    check_tensor("h", h0, {l.N, l.P}, x, l.dtype);
+    check_tensor("c", c0, {l.N, l.H}, x, l.dtype);
+  } else {
+    check_tensor("h0", h0, {directions, l.N, l.P}, x, l.dtype);
+    check_tensor("c0", c0, {directions, l.N, l.H}, x, l.dtype);
+  }
   return l;
 }
 
@@ -159,6 +172,16 @@ void Layer::check_advance(const Tensor& x, const Tensor& h, const MaybeTensor& c
 std::vector<int64_t> Layer::y_shape() const {
   if (packed) return {rows, directions * P};
   return {T, N, directions * P};
+}
+
+std::vector<int64_t> Layer::h_shape() const {
+  if (step) return {N, P};
+  return {directions, N, P};
+}
+
+std::vector<int64_t> Layer::c_shape() const {
+  if (step) return {N, H};
+  return {directions, N, H};
 }
 
 ScalarType Layer::accumulator() const { return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }

@@ -27,13 +27,18 @@ struct FUSEDRNN_EXPORT Layer {
   int64_t directions, gates, saved;  // saved: slots of the gates tensor per unit
   int64_t weights_per_direction;
   bool has_c, bias, projected, packed;
+  bool step;  // of a cell: x is [N, I], and the states have no dimension for directions
   ScalarType dtype;
   std::vector<int64_t> offset;  // [T + 1], the first row of each step; empty if there are no rows
 
   template <class Cell>
   static Layer of(const Tensor& x, const MaybeTensor& h0, const MaybeTensor& c0, const std::vector<Tensor>& weights,
                   const MaybeTensor& batch_sizes, int64_t directions) {
-    return check(x, h0, c0, weights, batch_sizes, directions, Cell::gates, Cell::saved, Cell::has_c);
+    return check(x, h0, c0, weights, batch_sizes, directions, false, Cell::gates, Cell::saved, Cell::has_c);
+  }
+  template <class Cell>
+  static Layer of_step(const Tensor& x, const Tensor& h, const MaybeTensor& c, const std::vector<Tensor>& weights) {
+    return check(x, h, c, weights, {}, 1, true, Cell::gates, Cell::saved, Cell::has_c);
   }
   // The arguments of the backward op beyond the forward op's.
   void check_backward(const MaybeTensor& dy, const MaybeTensor& dh_n, const MaybeTensor& dc_n,
@@ -43,8 +48,8 @@ struct FUSEDRNN_EXPORT Layer {
   void check_advance(const Tensor& x, const Tensor& h, const MaybeTensor& c, const Tensor& y) const;
 
   std::vector<int64_t> y_shape() const;
-  std::vector<int64_t> h_shape() const { return {directions, N, P}; }
-  std::vector<int64_t> c_shape() const { return {directions, N, H}; }
+  std::vector<int64_t> h_shape() const;
+  std::vector<int64_t> c_shape() const;
   std::vector<int64_t> gates_shape() const { return {rows, directions, saved, H}; }
   std::vector<int64_t> cells_shape() const { return {rows, directions, H}; }
   // float64 for float64, else float32.
@@ -52,7 +57,8 @@ struct FUSEDRNN_EXPORT Layer {
 
  private:
   static Layer check(const Tensor& x, const MaybeTensor& h0, const MaybeTensor& c0, const std::vector<Tensor>& weights,
-                     const MaybeTensor& batch_sizes, int64_t directions, int64_t gates, int64_t saved, bool has_c);
+                     const MaybeTensor& batch_sizes, int64_t directions, bool step, int64_t gates, int64_t saved,
+                     bool has_c);
 };
 
 // Outputs of the ops.

@@ -92,7 +92,8 @@ FUSEDRNN_INLINE T clamp(T x, scalar_t<T> lo, scalar_t<T> hi) {
   if constexpr (sizeof(T) == 32 && sizeof(lo) == 4) return _mm256_min_ps(high, _mm256_max_ps(low, x));
 #endif
 #ifdef __AVX512F__
-  if constexpr (sizeof(T) == 64 && sizeof(lo) == 4) return _mm512_maskz_min_ps(-1, high, _mm512_maskz_max_ps(-1, low, x));
+  if constexpr (sizeof(T) == 64 && sizeof(lo) == 4)
+    return _mm512_maskz_min_ps(-1, high, _mm512_maskz_max_ps(-1, low, x));
 #endif
   x = x < low ? low : x;
   return x > high ? high : x;

@@ -15,6 +15,7 @@ STABLE_TORCH_LIBRARY(FUSEDRNN_NAMESPACE, m) {
     m.def((cell + "_inference(Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? batch_sizes, int directions)"
                   " -> Tensor[]")
               .c_str());
+    m.def((cell + "_step(Tensor x, Tensor h, Tensor? c, Tensor[] weights) -> Tensor[]").c_str());
     m.def((cell + "_advance(Tensor x, Tensor(a!) h, Tensor(b!)? c, Tensor[] weights, Tensor? batch_sizes,"
                   " int directions, Tensor(c!) y) -> ()")
               .c_str());

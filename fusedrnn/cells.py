@@ -45,21 +45,18 @@ class _Cell(torch.nn.RNNCellBase):
         return weights if weights[2] is not None else weights[:2]
 
     def _plain_step(self, cell: str, x: Tensor, h: Tensor, c: Tensor | None) -> Any:
-        """The plain case, in as few Python steps as it takes; None for the others.
-
-        The rows of x are given as one packed step, so that neither x nor y needs a view.
-        """
+        """The next state or states in the plain case, in as few Python steps as it takes; None in the others."""
         if type(x) is Tensor and x.dim() == 2 and x.shape[0] and not autocast_enabled() and not _is_compiling():
-            n = x.shape[0]
-            sizes = _one_step.get(n)
+            if not _is_grad_enabled() and forward_ad._current_level < 0:
+                return ops.step[cell](x, h, c, self._weights())
+            # The rows of x are given as one packed step, so that neither x nor y needs a view.
+            sizes = _one_step.get(x.shape[0])
             if sizes is None:
-                sizes = _batch_sizes(n)
-            h0 = h.unsqueeze(0)
+                sizes = _batch_sizes(x.shape[0])
             c0 = None if c is None else c.unsqueeze(0)
-            if _is_grad_enabled() or forward_ad._current_level >= 0:
-                _, h_n, c_n, _, _ = layer(cell, x, h0, c0, self._weights(), sizes, 1)
-                return h_n.squeeze(0), h_n, c_n  # not y: that is kept for backward, and mustn't change
-            return ops.infer(cell, x, h0, c0, self._weights(), sizes, 1)
+            # Not y: that is kept for backward, and mustn't change.
+            _, h_n, c_n, _, _ = layer(cell, x, h.unsqueeze(0), c0, self._weights(), sizes, 1)
+            return (h_n.squeeze(0),) if c is None else (h_n.squeeze(0), c_n.squeeze(0))
         return None
 
     def _step(self, cell: str, input: Tensor, states: States | None) -> States:
@@ -165,7 +162,8 @@ class LSTMCell(_Cell):
             if h is not None:
                 plain = self._plain_step("lstm", input, h, c)
                 if plain is not None:
-                    return plain[0], plain[2].squeeze(0)
+                    h, c = plain
+                    return h, c
             h, c = self._step("lstm", input, hx)
             return h, c
         except ARGUMENT_ERRORS as error:

@@ -20,7 +20,7 @@ Shape = Sequence[int]
 
 
 def _forward(x: Shape, h0: Any, c0: Any, weights: Sequence[Shape], *_: Any, **__: Any) -> int:
-    """Of the forward, inference, advance and stack ops."""
+    """Of the forward, inference, step, advance and stack ops."""
     return 2 * math.prod(x[:-1]) * sum(math.prod(w) for w in weights if len(w) == 2)
 
 
@@ -53,7 +53,7 @@ def _stack_backward(
 
 def register() -> None:
     formulas: dict[str, Callable[..., int]] = {"_backward": _backward, "_stack_backward": _stack_backward}
-    formulas |= dict.fromkeys(("", "_inference", "_advance", "_stack"), _forward)
+    formulas |= dict.fromkeys(("", "_inference", "_step", "_advance", "_stack"), _forward)
     for cell in ops.CELLS:
         for suffix, formula in formulas.items():
             register_flop_formula(getattr(torch.ops.fusedrnn, cell + suffix))(formula)

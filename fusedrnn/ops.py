@@ -22,6 +22,9 @@ is an empty ``[0]`` tensor. ``tf32`` lets a GPU multiply float32 numbers in Tens
 ``<cell>_inference(Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? batch_sizes, int directions) ->
 Tensor[]`` is the forward op on a CPU without saving, and returns only ``y``, ``h_n`` and the LSTM's ``c_n``.
 
+``<cell>_step(Tensor x, Tensor h, Tensor? c, Tensor[] weights) -> Tensor[]`` is a cell's step without saving: ``x [N,
+I]``, ``h [N, P]`` and ``c [N, H]`` to the next ``h`` and the LSTM's ``c``.
+
 ``<cell>_advance(Tensor x, Tensor(a!) h, Tensor(b!)? c, Tensor[] weights, Tensor? batch_sizes, int
 directions, Tensor(c!) y) -> ()`` is the forward op without saving and without allocation: the states,
 ``h0`` and ``c0`` of the forward op, are updated in place, and ``y`` is written to.
@@ -175,6 +178,13 @@ def _inference(cell: str, *arguments: Any) -> list[Tensor]:
     return list(results[: 3 if cell == "lstm" else 2])
 
 
+def _step(cell: str, x: Tensor, h: Tensor, c: Tensor | None, weights: Sequence[Tensor]) -> list[Tensor]:
+    """A step op by the forward op."""
+    c = None if c is None else c.unsqueeze(0)
+    results = eager[cell](x.unsqueeze(0), h.unsqueeze(0), c, weights, None, 1, False, tf32(x))
+    return [t.squeeze(0) for t in results[1 : 3 if cell == "lstm" else 2]]
+
+
 def _advance(
     cell: str,
     x: Tensor,
@@ -217,6 +227,16 @@ def _vmap_inference(cell: str, info: Any, dims: Any, *arguments: Any) -> Any:
     return list(results[:count]), list(result_dims[:count])
 
 
+def _vmap_step(cell: str, info: Any, dims: Any, *arguments: Any) -> Any:
+    """The vmap rule of a step op, by that of the inference op."""
+    *states, weights = arguments
+    states = [t if t is None else t.unsqueeze(0) for t in states]
+    moved = [d if d is None else d + 1 for d in dims[:3]]
+    results, result_dims = _vmap_inference(cell, info, (*moved, dims[3], None, None), *states, weights, None, 1)
+    results = [t.squeeze(0 if d != 0 else 1) for t, d in zip(results[1:], result_dims[1:], strict=True)]
+    return results, [d - 1 if d else d for d in result_dims[1:]]
+
+
 def _vmap_backward(cell: str, info: Any, dims: Any, *arguments: Any) -> Any:
     """The vmap rule of a backward op."""
     weights = [vmap.NOWHERE] * len(arguments[7])
@@ -231,6 +251,7 @@ forward = {cell: getattr(torch.ops.fusedrnn, cell).default for cell in CELLS}
 # Without OpOverload's Python frame:
 eager = {cell: op._op for cell, op in forward.items()}
 inference = {cell: getattr(torch.ops.fusedrnn, f"{cell}_inference").default._op for cell in CELLS}
+step = {cell: getattr(torch.ops.fusedrnn, f"{cell}_step").default._op for cell in CELLS}
 advance = {cell: getattr(torch.ops.fusedrnn, f"{cell}_advance").default._op for cell in CELLS}
 backward = {cell: getattr(torch.ops.fusedrnn, f"{cell}_backward").default for cell in CELLS}
 segments = torch.ops.fusedrnn.segments.default
@@ -239,8 +260,11 @@ for _cell in CELLS:
     torch.library.register_fake(f"fusedrnn::{_cell}", partial(_fake_forward, _cell))
     torch.library.register_fake(f"fusedrnn::{_cell}_backward", partial(_fake_backward, _cell))
     torch.library.register_fake(f"fusedrnn::{_cell}_inference", partial(_inference, _cell))
+    torch.library.register_fake(f"fusedrnn::{_cell}_step", partial(_step, _cell))
+    torch.library.impl(f"fusedrnn::{_cell}_step", "CUDA", partial(_step, _cell))
     torch.library.register_fake(f"fusedrnn::{_cell}_advance", partial(_advance, _cell))
     torch.library.impl(f"fusedrnn::{_cell}_advance", "CUDA", partial(_advance, _cell))
     torch.library.register_vmap(f"fusedrnn::{_cell}", partial(_vmap_forward, _cell))
     torch.library.register_vmap(f"fusedrnn::{_cell}_inference", partial(_vmap_inference, _cell))
+    torch.library.register_vmap(f"fusedrnn::{_cell}_step", partial(_vmap_step, _cell))
     torch.library.register_vmap(f"fusedrnn::{_cell}_backward", partial(_vmap_backward, _cell))

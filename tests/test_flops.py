@@ -83,6 +83,13 @@ def test_stack(name, device):
         assert found == flops(lambda given=given: stacked._backward(name, *given)), needs
 
 
+@torch.no_grad()
+def test_cell(device):
+    cell = fusedrnn.GRUCell(I, H, device=device)
+    x, h = torch.randn(N, I, device=device), torch.zeros(N, H, device=device)
+    assert flops(lambda: cell(x, h)) == 2 * N * 3 * H * (I + H)
+
+
 def test_stream(device):
     stream = fusedrnn.Stream(fusedrnn.LSTM(I, H, 2, device=device), N)
     assert flops(lambda: stream(torch.randn(N, I, device=device))) == 2 * N * 4 * H * (I + 3 * H)

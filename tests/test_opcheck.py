@@ -45,6 +45,20 @@ def test_forward(name, options, device):
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=False))
 
 
+@pytest.mark.parametrize("N", [3, 0])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_step(name, N, device):
+    """A cell's step is the first of a sequence, without the dimensions that have one entry."""
+    x, h0, c0, weights, _, _ = make_inputs(variant(name, T=1, N=N), device).arguments()
+    cell = name.removesuffix("_proj")
+    op = getattr(torch.ops.fusedrnn, f"{cell}_step").default
+    arguments = x[0], h0[0], None if c0 is None else c0[0], weights
+    check(op, arguments)
+    expected = layer_op(cell)(x, h0, c0, weights, None, 1, False)[1 : 3 if cell == "lstm" else 2]
+    found = op(*arguments)
+    assert len(found) == len(expected) and all(torch.equal(a, b[0]) for a, b in zip(found, expected, strict=True))
+
+
 @pytest.mark.parametrize("options", OPTIONS, ids=identifier)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_backward(name, options, device):

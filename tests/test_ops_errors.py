@@ -68,6 +68,19 @@ def test_shapes_that_do_not_fit(cell, packed, device):
             call_forward(cell, {**arguments, "x": wrong})
 
 
+@pytest.mark.parametrize("cell", [*CELLS, "lstm_proj"])
+def test_shapes_that_do_not_fit_a_step(cell, device):
+    arguments = forward_arguments(cell, device, T=1)
+    op = getattr(torch.ops.fusedrnn, f"{cell.removesuffix('_proj')}_step")
+    c = None if arguments["c0"] is None else arguments["c0"][0]
+    tensors = {"x": arguments["x"][0], "h": arguments["h0"][0], "c": c, "weights": arguments["weights"]}
+    op(*tensors.values())
+    for name in ("x", "h", "c"):
+        for wrong in wrong_shapes(tensors["x"] if tensors[name] is None else tensors[name]):
+            with pytest.raises(RuntimeError, match="expected"):
+                op(*{**tensors, name: wrong}.values())
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.int64, torch.complex64, torch.bool], ids=str)
 @pytest.mark.parametrize("cell", [*CELLS, "lstm_proj"])
 def test_mixed_dtypes(cell, dtype, device):

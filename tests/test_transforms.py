@@ -226,6 +226,30 @@ def test_per_sample_gradients(name, options, device):
         assert_same([found[n][k] for n in parameters], [p.grad for p in module.parameters()])
 
 
+@pytest.mark.parametrize("in_dims", [(0, 0, 0), (1, 2, 0), (2, 0, None), (None, 1, None)], ids=str)
+@pytest.mark.parametrize("name", ["LSTMCell", "GRUCell", "RNNCell"])
+def test_mapped_inference_of_cells(name, in_dims, device):
+    """Without gradients a cell is one op, mapped over the input, the states and a weight."""
+    cell = getattr(fusedrnn, name)(3, 4, device=device)
+    x, h, c = (torch.randn(2, size, device=device) for size in (3, 4, 4))
+    plain = x, h, cell.weight_hh
+    mapped = [
+        None if d is None else torch.randn(ENTRIES, *t.shape, device=device)
+        for t, d in zip(plain, in_dims, strict=True)
+    ]
+    given = [t if m is None else m.movedim(0, d) for t, m, d in zip(plain, mapped, in_dims, strict=True)]
+
+    def run(x, h, weight):
+        states = (h, c) if name == "LSTMCell" else h
+        return tuple(tree_leaves(functional_call(cell, {"weight_hh": weight}, (x, states))))
+
+    with torch.no_grad():
+        found = vmap(run, in_dims)(*given)
+        for k in range(ENTRIES):
+            entry = [t if m is None else m[k] for t, m in zip(plain, mapped, strict=True)]
+            assert_same([t[k] for t in found], run(*entry))
+
+
 @pytest.mark.parametrize("name, options", MODULES)
 def test_ensemble(name, options, device):
     """torch.func.stack_module_state: one call for several models, and its gradients."""
@@ -254,14 +278,12 @@ def test_vmap_of_single_sequences(device):
         vmap(module)(x[:0])
 
 
-@pytest.mark.parametrize("transform", [func_grad, torch.func.functionalize], ids=["grad", "functionalize"])
-def test_cells_keep_nothing_of_a_transform(transform, device):
+def test_cells_keep_nothing_of_a_transform(device):
     """What a cell remembers of a batch size is no tensor of a transform's, which is dead when that has ended."""
     cell = fusedrnn.GRUCell(3, 4, device=device).requires_grad_(False)
     x, h = torch.randn(91, 3, device=device), torch.zeros(91, 4, device=device)
     cells._one_step.pop(91, None)
-    with torch.set_grad_enabled(transform is func_grad):
-        transform(lambda x: cell(x, h).sum())(x)
+    func_grad(lambda x: cell(x, h).sum())(x)
     assert 91 not in cells._one_step
     cell(x, h)
     assert not is_functorch_wrapped_tensor(cells._one_step[91])

@@ -194,16 +194,29 @@ ForwardResult forward_op(const Tensor& x, const MaybeTensor& h0, const MaybeTens
 }
 
 template <class Cell>
-std::vector<Tensor> inference_op(const Tensor& x, const MaybeTensor& h0, const MaybeTensor& c0,
-                                 const std::vector<Tensor>& weights, const MaybeTensor& batch_sizes,
-                                 int64_t directions) {
-  Layer l = Layer::of<Cell>(x, h0, c0, weights, batch_sizes, directions);
+std::vector<Tensor> infer(Layer l, const Tensor& x, const MaybeTensor& h0, const MaybeTensor& c0,
+                          const std::vector<Tensor>& weights) {
   if (l.dtype == ScalarType::Double) return infer<Cell, double>(l, x, h0, c0, weights);
   if (l.dtype == ScalarType::BFloat16) return infer<Cell, bf16>(l, x, h0, c0, weights);
   if (l.dtype == ScalarType::Float) return infer<Cell, float>(l, x, h0, c0, weights);
   l.dtype = ScalarType::Float;
   const auto f = [&](const auto& t) { return cast(t, l.dtype); };
   return cast(infer<Cell, float>(l, f(x), f(h0), f(c0), f(weights)), ScalarType::Half);
+}
+
+template <class Cell>
+std::vector<Tensor> inference_op(const Tensor& x, const MaybeTensor& h0, const MaybeTensor& c0,
+                                 const std::vector<Tensor>& weights, const MaybeTensor& batch_sizes,
+                                 int64_t directions) {
+  return infer<Cell>(Layer::of<Cell>(x, h0, c0, weights, batch_sizes, directions), x, h0, c0, weights);
+}
+
+template <class Cell>
+std::vector<Tensor> step_op(const Tensor& x, const Tensor& h, const MaybeTensor& c,
+                            const std::vector<Tensor>& weights) {
+  std::vector<Tensor> states = infer<Cell>(Layer::of_step<Cell>(x, h, c, weights), x, h, c, weights);
+  states.erase(states.begin());  // y, which is h as well
+  return states;
 }
 
 template <class Cell>
@@ -253,6 +266,10 @@ STABLE_TORCH_LIBRARY_IMPL(fusedrnn, CPU, m) {
   m.impl("gru_inference", TORCH_BOX(&inference_op<GRU>));
   m.impl("rnn_tanh_inference", TORCH_BOX(&inference_op<RNNTanh>));
   m.impl("rnn_relu_inference", TORCH_BOX(&inference_op<RNNRelu>));
+  m.impl("lstm_step", TORCH_BOX(&step_op<LSTM>));
+  m.impl("gru_step", TORCH_BOX(&step_op<GRU>));
+  m.impl("rnn_tanh_step", TORCH_BOX(&step_op<RNNTanh>));
+  m.impl("rnn_relu_step", TORCH_BOX(&step_op<RNNRelu>));
   m.impl("lstm_advance", TORCH_BOX(&advance_op<LSTM>));
   m.impl("gru_advance", TORCH_BOX(&advance_op<GRU>));
   m.impl("rnn_tanh_advance", TORCH_BOX(&advance_op<RNNTanh>));
