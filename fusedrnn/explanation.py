@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -64,27 +65,32 @@ def _plan(weight: torch.Tensor, facts: dict[str, Any], layers: int) -> Mapping[s
         return _C.cpu_plan(**facts)
     if weight.device.type != "cuda":
         return {}
-    properties: Any = torch.cuda.get_device_properties(weight.device)
-    device = {
-        "processors": properties.multi_processor_count,
-        "shared_bytes": properties.shared_memory_per_block_optin,
-        "cluster_blocks": 16 if properties.major >= 9 else 0,
+    tf32, op = ops.tf32(weight), getattr(torch.ops.fusedrnn, f"{facts['cell']}_plan").default
+    return _cuda_plan(weight.dtype, tf32, partial(_device_plan, op, weight, facts, tf32, layers))
+
+
+def _device_plan(
+    op: Callable[..., Any], like: torch.Tensor, facts: Mapping[str, Any], tf32: bool, layers: int, backward: bool
+) -> _C.CudaPlan:
+    """What the device takes, that is asked what it has room for."""
+    shape = [facts[name] for name in ("T", "N", "H", "P", "directions")]
+    name, reason, numbers = op(like, *shape, backward, facts["projected"], layers, tf32)
+    columns, units, x, y, shared_bytes, together = numbers
+    return {
+        "name": name,
+        "reason": reason,
+        "columns": columns,
+        "units": units,
+        "blocks": (x, y, facts["directions"]),
+        "shared_bytes": shared_bytes,
+        "together": together,
     }
-    return _cuda_plan(facts, ops.tf32(weight), device, layers)
 
 
-def _cuda_plan(facts: dict[str, Any], tf32: bool, device: dict[str, Any], layers: int = 1) -> dict[str, Any]:
-    element = getattr(torch, facts["dtype"]).itemsize
-    gates = ops.GATES[facts["cell"]]
-    tensor_cores = element == 2 or tf32
-
-    def plan(backward: bool) -> _C.CudaPlan:
-        shape = {name: facts[name] for name in ("T", "N", "H", "P", "directions", "projected")}
-        shape |= {"gates": gates, "element": element, "tensor_cores": tensor_cores}
-        return _C.cuda_plan(**shape, **device, backward=backward, layers=layers)
-
-    math = "tensor cores" + (" in TF32" if tf32 else "") if tensor_cores else "multiply-adds"
-    return {"math": math, "forward": plan(backward=False), "backward": plan(backward=True)}
+def _cuda_plan(dtype: torch.dtype, tf32: bool, plan: Callable[[bool], _C.CudaPlan]) -> dict[str, Any]:
+    """``plan(backward)`` of both passes, and how they multiply."""
+    math = "tensor cores" + (" in TF32" if tf32 else "") if dtype.itemsize == 2 or tf32 else "multiply-adds"
+    return {"math": math, "forward": plan(False), "backward": plan(True)}
 
 
 def _words(facts: dict[str, Any]) -> list[str]:

@@ -29,6 +29,9 @@ I]``, ``h [N, P]`` and ``c [N, H]`` to the next ``h`` and the LSTM's ``c``.
 directions, Tensor(c!) y) -> ()`` is the forward op without saving and without allocation: the states,
 ``h0`` and ``c0`` of the forward op, are updated in place, and ``y`` is written to.
 
+``<cell>_plan(Tensor like, int T, int N, int H, int P, int directions, bool backward, bool projected, int layers, bool
+tf32=False) -> (str name, str reason, int[] numbers)``, on a GPU alone, is for :func:`fusedrnn.explain`.
+
 ``segments(Tensor lengths, Tensor? reset, Tensor first_row, Tensor step_row, int directions) -> (Tensor batch_sizes,
 Tensor source, Tensor initial, Tensor final)``, all on the CPU, is for :mod:`fusedrnn.rows`.
 """

@@ -10,6 +10,9 @@ from torch import Tensor
 from . import ops
 from .errors import check_sizes
 from .modules import CELL, FusedBase
+from .network import stack
+
+_is_compiling = torch.compiler.is_compiling
 
 
 class Stream:
@@ -24,7 +27,8 @@ class Stream:
     them (``clone()`` what is to be kept): on a CPU, after the first call with a shape, no tensor is
     allocated any more (but in float16). A result may be the next input, ``y = stream(y)``; it is copied
     then. A stream is for one thread, and for the device and dtype that the module has when it is made.
-    Pickled or copied, it takes the module along, and its state at that time.
+    Under torch.compile a call gives new tensors. Pickled or copied, it takes the module along, and its
+    state at that time.
 
     Args:
         module: an ``LSTM``, ``GRU`` or ``RNN`` of fusedrnn in one direction; dropout is not applied.
@@ -67,6 +71,8 @@ class Stream:
             ValueError, RuntimeError: the input's dtype, shape or device is wrong, or there is no memory; the
                 state is what it was.
         """
+        if _is_compiling():
+            return self._traced(input)
         if input.shape != self._shape:
             self._prepare(input)
         is_step = input.dim() == 2
@@ -88,6 +94,21 @@ class Stream:
                     self._memory.copy_(self._before)
                 raise
         return self._result
+
+    def _traced(self, input: Tensor) -> Tensor:
+        """A call to tracers, which don't follow tensors that are written to in part: new results, and all states."""
+        is_step = input.dim() == 2
+        x = input.transpose(0, 1) if self.module.batch_first and not is_step else input
+        cell, weights, layers = CELL[self.module.mode], self.module._weights_by_name(), self.module.num_layers
+        widths = [s.shape[-1] for s in self._states]
+        parts = self._memory.split([layers * self.batch_size * width for width in widths])
+        states = tuple([p.view(layers, self.batch_size, width) for p, width in zip(parts, widths, strict=True)])
+        check_sizes(cell, x, states, weights, layers, x.shape[-2], x.dim())
+        with torch.no_grad():
+            sizes = self._sizes_of_a_step if is_step else None
+            (y,), states = stack(cell, x, states, weights, sizes, layers, 1, 0.0)
+            self._memory.copy_(torch.cat([s.flatten() for s in states]))
+        return y.transpose(0, 1) if self.module.batch_first and not is_step else y
 
     def _prepare(self, input: Tensor) -> None:
         """Checks the shape of the input, and makes the results for it and the views of the states."""

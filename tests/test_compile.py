@@ -174,6 +174,24 @@ def test_patched_program(device):
     assert_compiles(lambda x: flat(module(x)), module, inputs, training=True)
 
 
+@pytest.mark.parametrize("name, options", MODULES)
+def test_stream(name, options, device):
+    """In the graph of whatever uses it, a step or a chunk at a time; goes on where eager code left it."""
+    module = make(name, device, num_layers=2, **options)
+    streams = [fusedrnn.Stream(module, 2) for _ in range(2)]
+    runs = [lambda x, s=s: s(x).cos() for s in streams]
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(runs[0], fullgraph=True, backend=counter)
+    for shape in ((2, 3), (2, 3), (5, 2, 3), (7, 2, 3), (2, 3)):
+        x = torch.randn(shape, device=device)
+        assert torch.equal(compiled(x), runs[1](x))
+        assert torch.equal(runs[0](x), runs[1](x))
+    streams[0].reset()
+    streams[1].reset()
+    assert torch.equal(compiled(x), runs[1](x))
+    assert counter.frame_count <= 3
+
+
 def test_transforms_run_outside_of_the_graph(device):
     """Dynamo can't trace torch.func's transforms of an autograd.Function."""
     module = make("LSTM", device)

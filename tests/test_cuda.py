@@ -1,5 +1,8 @@
 """What only the CUDA kernels have: plans, TF32, launches of many steps, streams and graphs."""
 
+import ctypes
+
+import helpers
 import pytest
 import torch
 from conftest import FLOORS, on_cuda_kernels, relative_error
@@ -19,7 +22,7 @@ from helpers import (
 )
 
 import fusedrnn
-from fusedrnn import _C
+from fusedrnn import _C, explanation
 
 TF32_FLOOR = 4e-3  # a few roundings to 10 bits of mantissa, relative to the largest value
 
@@ -224,6 +227,54 @@ def test_autocast_does_not_reach_inside(dtype, device):
     expected = ours(case, inputs, gradients)
     with torch.autocast(device.type, torch.float16 if dtype == torch.bfloat16 else torch.bfloat16):
         assert_same_bits(ours(case, inputs, gradients), expected)
+
+
+@pytest.fixture
+def host_device(request):
+    """A function that sets how many of the 12 blocks that the device runs at the same time something else takes."""
+    if request.config.getoption("--ops") == "fusedrnn":
+        pytest.skip("needs the CUDA kernels built for the CPU")
+    import cuda_host
+
+    configure = request.config.stash[cuda_host.LIBRARY].fusedrnn_cuda_host_configure
+    configure.argtypes = [ctypes.c_uint64, ctypes.c_int, ctypes.c_int]
+    yield lambda busy: configure(0, 12, busy)
+    configure(0, 12, 0)
+
+
+def device_plan(backward=False, name="lstm", dtype=torch.bfloat16, N=16, H=40, layers=1):
+    op = getattr(getattr(torch.ops, helpers.NAMESPACE), f"{name}_plan")
+    facts = {"T": 100, "N": N, "H": H, "P": H, "directions": 1, "projected": False}
+    return explanation._device_plan(op, torch.empty(0, dtype=dtype), facts, False, layers, backward)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_why_a_device_refuses(backward, host_device):
+    """As with MPS, or beside another kernel: a plan that it has no room for is not taken, and explained."""
+    found = device_plan(backward)
+    assert (found["name"], found["reason"]) == ("cluster", "the weights fit in a cluster")
+    assert found["blocks"] == (3, 2, 1)
+    host_device(busy=7)
+    found = device_plan(backward)
+    refused = "the device has room for 1 of 2 clusters of 3 blocks at the same time"
+    assert found["name"] == "stepwise"
+    assert found["reason"] == refused + "; the device has room for 5 of 6 blocks at the same time"
+    assert device_plan(backward, N=8)["name"] == "cluster"
+    with fusedrnn.use_plan("cluster"):  # one after another
+        assert device_plan(backward)["name"] == "cluster"
+        host_device(busy=10)
+        assert device_plan(backward)["name"] == "stepwise"
+
+
+@pytest.mark.parametrize("name", ["lstm", "gru"])
+def test_a_busy_device(name, host_device):
+    """Gives the same results."""
+    case = variant(name, T=5, N=16, I=6, H=40, dtype=torch.bfloat16)
+    inputs, gradients = make_inputs(case), make_gradients(case)
+    with fusedrnn.use_plan("stepwise"):
+        expected = ours(case, inputs, gradients)
+    host_device(busy=11)
+    assert_same_bits(ours(case, inputs, gradients), expected)
 
 
 @pytest.fixture

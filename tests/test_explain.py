@@ -118,18 +118,24 @@ def test_build_info():
 H200 = {"processors": 132, "shared_bytes": 227 * 1024, "cluster_blocks": 16}
 
 
+def on_a_gpu(facts, device=H200, layers=1):
+    """What is said of a device that isn't here."""
+    dtype = getattr(torch, facts["dtype"])
+    shape = {name: facts[name] for name in ("T", "N", "H", "P", "directions", "projected")}
+    shape |= {"gates": 4, "element": dtype.itemsize, "tensor_cores": dtype.itemsize == 2}
+    plan = lambda backward: _C.cuda_plan(**shape, **device, backward=backward, layers=layers)  # noqa: E731
+    return {**facts, **explanation._cuda_plan(dtype, False, plan)}
+
+
 def test_explain_a_gpu():
     facts = {"T": 100, "N": 16, "I": 512, "H": 512, "P": 512, "directions": 1, "projected": False}
     facts |= {"layer": 0, "device": "cuda:0", "cell": "lstm", "dtype": "bfloat16"}
-    facts |= explanation._cuda_plan(facts, tf32=False, device=H200)
-    assert explanation._words(facts) == [
+    assert explanation._words(on_a_gpu(facts)) == [
         "layer 0: lstm, bfloat16, T 100, N 16, I 512, H 512, on cuda:0",
         "  math:     tensor cores",
         "  forward:  cluster, as the weights fit in a cluster; 16 x 2 x 1 blocks for 32 units, 8 rows each",
         "  backward: cluster, as the weights fit in a cluster; 16 x 2 x 1 blocks for 32 units, 8 rows each",
     ]
-    wave = explanation._cuda_plan(facts, tf32=False, device=H200, layers=4)
-    assert explanation._words({**facts, **wave})[-1].endswith("8 rows each; 4 layers at the same time")
-    facts["dtype"] = "float32"
-    slow = explanation._cuda_plan(facts, tf32=False, device={**H200, "processors": 16, "cluster_blocks": 0})
+    assert explanation._words(on_a_gpu(facts, layers=4))[-1].endswith("8 rows each; 4 layers at the same time")
+    slow = on_a_gpu({**facts, "dtype": "float32"}, {**H200, "processors": 16, "cluster_blocks": 0})
     assert slow["math"] == "multiply-adds" and slow["forward"]["name"] == "stepwise"

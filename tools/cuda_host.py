@@ -6,6 +6,7 @@ A pytest plugin: ``pytest -p cuda_host --ops fusedrnn_cuda_host`` builds and loa
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
@@ -19,6 +20,7 @@ from toolchain import find_compiler, find_torch
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMESPACE = "fusedrnn_cuda_host"
+LIBRARY = pytest.StashKey[ctypes.CDLL]()
 FLAGS = ["-std=c++20", "-O2", "-g1", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
 FLAGS += ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
 FLAGS += [f"-DFUSEDRNN_NAMESPACE={NAMESPACE}", "-DFUSEDRNN_CUDA_KEY=CPU"]
@@ -76,6 +78,6 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
     mutation = session.config.getoption("--mutate")
     lib = Path(fusedrnn.__file__).parent / "lib"
-    torch.ops.load_library(
-        build(lib, _C.build_info()["sanitize"] or "", tuple(json.loads(mutation)) if mutation else None)
-    )
+    library = build(lib, _C.build_info()["sanitize"] or "", tuple(json.loads(mutation)) if mutation else None)
+    torch.ops.load_library(library)
+    session.config.stash[LIBRARY] = ctypes.CDLL(str(library))

@@ -16,48 +16,73 @@ struct Kernels {
   std::array<Kernel, 4> resident, tiled;
 };
 
-// Steps first .. last - 1 (backward from the last to the first): in one launch if the plan says so and all blocks can
-// run at the same time, else in a launch a step, or two with a projection.
+inline Grid grid_of(const Plan& plan, const PlanRequest& request) {
+  return {unsigned(plan.blocks_x), unsigned(plan.blocks_y), unsigned(request.directions)};
+}
+inline Launch cluster_launch(const Plan& plan, const PlanRequest& request) {
+  return {grid_of(plan, request), plan.cluster.warps() * warp_size, size_t(plan.shared_bytes()), false,
+          plan.cluster.blocks};
+}
+inline Launch tiled_launch(const Plan& plan, const PlanRequest& request) {
+  return {grid_of(plan, request), block_size, size_t(plan.shared_bytes()), plan.one_launch()};
+}
+template <class Params>
+auto tiled_kernel(const Kernels<Params>& kernels, const Plan& plan) {
+  return (plan.resident() ? kernels.resident : kernels.tiled)[plan.shape];
+}
+
+// Steps first .. last - 1 (backward from the last to the first): in one launch, or in a launch a step, two with a
+// projection.
 template <class Params>
 void run_tiled(const Kernels<Params>& kernels, Params p, const Plan& plan, const PlanRequest& request, int64_t first,
                int64_t last, Stream stream) {
-  const Grid grid{unsigned(plan.blocks_x), unsigned(plan.blocks_y), unsigned(request.directions)};
-  Launch l{grid, block_size, size_t(plan.shared_bytes()), true};
-  const auto all_steps = (plan.resident() ? kernels.resident : kernels.tiled)[plan.shape];
-  if (plan.one_launch() && resident_blocks(all_steps, l) >= grid.blocks()) {
+  const Launch l = tiled_launch(plan, request);
+  const auto kernel = tiled_kernel(kernels, plan);
+  if (plan.one_launch()) {
     p.range = {first, last, true, p.projected};
-    launch(all_steps, l, stream, p);
+    launch(kernel, l, stream, p);
     return;
   }
-  l.cooperative = false, l.shared_bytes = size_t(plan.sums_bytes);
   for (int64_t i = 0; i < last - first; ++i) {
     const int64_t s = request.backward ? last - 1 - i : first + i;
     p.range = {s, s + 1, true, false};
-    launch(kernels.tiled[plan.shape], l, stream, p);
+    launch(kernel, l, stream, p);
     if (!p.projected) continue;
     p.range = {s, s + 1, false, true};
-    launch(kernels.tiled[plan.shape], l, stream, p);
+    launch(kernel, l, stream, p);
   }
 }
 
-inline Launch cluster_launch(const Plan& plan, const PlanRequest& request) {
-  const Grid grid{unsigned(plan.blocks_x), unsigned(plan.blocks_y), unsigned(request.directions)};
-  return {grid, plan.cluster.warps() * warp_size, size_t(plan.shared_bytes()), false, plan.cluster.blocks};
+inline std::string refusal(int64_t most, int64_t wanted, const std::string& of) {
+  return "the device has room for " + std::to_string(most) + " of " + std::to_string(wanted) + " " + of +
+         " at the same time";
 }
 
-// A plan that the device can run: all clusters at the same time, unless the plan is forced.
+// A plan that the device can run: what waits for each other at the same time, and all clusters, unless they are forced.
 template <class Params>
 Plan find_plan(const Kernels<Params>& kernels, PlanRequest request, int layers) {
   return widest_plan(layers, [&](int together) {
     request.together = together;
     Device device = device_facts();
     while (true) {
-      const Plan plan = make_plan(request, device, forced_plan());
-      const int64_t enough = forced_plan().empty() ? plan.blocks_y * request.directions * together : 1;
-      if (!plan.is_cluster() || resident_clusters(kernels.cluster, cluster_launch(plan, request)) >= enough) {
-        return plan;
+      Plan plan = make_plan(request, device, forced_plan());
+      if (plan.is_cluster()) {
+        const int64_t all = plan.blocks_y * request.directions * together, enough = forced_plan().empty() ? all : 1;
+        const int64_t most = resident_clusters(kernels.cluster, cluster_launch(plan, request));
+        if (most >= enough) return plan;
+        device.refused = refusal(most, all, "clusters of " + std::to_string(plan.cluster.blocks) + " blocks");
+        device.cluster_blocks = plan.cluster.blocks > 8 ? 8 : 0;  // what every device with clusters can run, else none
+        continue;
       }
-      device.cluster_blocks = plan.cluster.blocks > 8 ? 8 : 0;  // what every device with clusters can run, else none
+      if (plan.one_launch()) {
+        const Launch l = tiled_launch(plan, request);
+        const int64_t most = resident_blocks(tiled_kernel(kernels, plan), l);
+        if (most < l.grid.blocks()) {
+          plan.name = "stepwise", plan.reason = refusal(most, l.grid.blocks(), "blocks");
+          if (!device.refused.empty()) plan.reason = device.refused + "; " + plan.reason;
+        }
+      }
+      return plan;
     }
   });
 }

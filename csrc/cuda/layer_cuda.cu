@@ -107,6 +107,26 @@ StackBackwardResult stack_backward_op(const MaybeTensor& dy, const MaybeTensor& 
   return with_math(s.layers[0].dtype, tf32, [&](auto math) { return stack_backward<Cell, decltype(math)>(s, a); });
 }
 
+using PlanResult = std::tuple<std::string, std::string, std::vector<int64_t>>;
+
+// The plan that the device of `like`, a tensor of the layer's dtype, takes for one of so many layers.
+template <class Cell>
+PlanResult plan_op(const Tensor& like, int64_t T, int64_t N, int64_t H, int64_t P, int64_t directions, bool backward,
+                   bool projected, int64_t layers, bool tf32) {
+  STD_TORCH_CHECK(std::min({T, N, H, P, layers}) > 0 && (directions == 1 || directions == 2),
+                  "fusedrnn: plan: expected positive sizes, and 1 or 2 directions");
+  const OnDevice device(like.get_device_index());
+  return with_math(like.scalar_type(), tf32, [&](auto math) {
+    using Math = decltype(math);
+    const PlanRequest request{
+        T, N, H, P, int(directions), Cell::gates, backward, sizeof(typename Math::Storage), Math::resident, projected};
+    const Plan plan = find_plan<Cell, Math>(request, int(layers));
+    return PlanResult{plan.name,
+                      plan.reason,
+                      {plan.columns(), plan.units(), plan.blocks_x, plan.blocks_y, plan.shared_bytes(), plan.together}};
+  });
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(FUSEDRNN_NAMESPACE, FUSEDRNN_CUDA_KEY, m) {
@@ -118,9 +138,13 @@ STABLE_TORCH_LIBRARY_IMPL(FUSEDRNN_NAMESPACE, FUSEDRNN_CUDA_KEY, m) {
   m.impl("gru_backward", TORCH_BOX(&backward_op<GRU>));
   m.impl("rnn_tanh_backward", TORCH_BOX(&backward_op<RNNTanh>));
   m.impl("rnn_relu_backward", TORCH_BOX(&backward_op<RNNRelu>));
+  m.impl("lstm_plan", TORCH_BOX(&plan_op<LSTM>));
   m.impl("lstm_stack", TORCH_BOX(&stack_op<LSTM>));
+  m.impl("gru_plan", TORCH_BOX(&plan_op<GRU>));
   m.impl("gru_stack", TORCH_BOX(&stack_op<GRU>));
+  m.impl("rnn_tanh_plan", TORCH_BOX(&plan_op<RNNTanh>));
   m.impl("rnn_tanh_stack", TORCH_BOX(&stack_op<RNNTanh>));
+  m.impl("rnn_relu_plan", TORCH_BOX(&plan_op<RNNRelu>));
   m.impl("rnn_relu_stack", TORCH_BOX(&stack_op<RNNRelu>));
   m.impl("lstm_stack_backward", TORCH_BOX(&stack_backward_op<LSTM>));
   m.impl("gru_stack_backward", TORCH_BOX(&stack_backward_op<GRU>));

@@ -71,7 +71,7 @@ Plan cluster_plan(const PlanRequest& r, const Device& device, bool forced) {
     if (at_once) break;
   }
   if (device.cluster_blocks == 0)
-    plan.reason = "the device has no clusters";
+    plan.reason = device.refused.empty() ? "the device has no clusters" : device.refused;
   else if (!r.tensor_cores)
     plan.reason = "only tensor cores' weights stay on the chip";
   else if (r.projected)
@@ -83,6 +83,7 @@ Plan cluster_plan(const PlanRequest& r, const Device& device, bool forced) {
                   " blocks are too many to run at the same time";
   else
     plan.name = "cluster", plan.reason = forced ? "this plan was asked for" : "the weights fit in a cluster";
+  if (device.cluster_blocks > 0 && !device.refused.empty()) plan.reason = device.refused + "; " + plan.reason;
   plan.cluster = fits, plan.blocks_x = fits.blocks, plan.blocks_y = ceil_div(r.N, cluster_columns);
   return plan;
 }

@@ -25,9 +25,10 @@ struct PlanRequest {
 };
 
 struct Device {
-  int processors;        // streaming multiprocessors
-  int64_t shared_bytes;  // shared memory that one block can have
-  int cluster_blocks;    // of the largest cluster; 0 where there are none
+  int processors;            // streaming multiprocessors
+  int64_t shared_bytes;      // shared memory that one block can have
+  int cluster_blocks;        // of the largest cluster; 0 where there are none
+  std::string refused = {};  // what it didn't run of a faster plan, in words
 };
 
 // Tiles come in these sizes: rows of the batch, and how a block's 8 warps divide it.

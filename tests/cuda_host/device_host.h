@@ -244,12 +244,12 @@ inline Device device_facts() { return {host::processors(), 100 * 1024, 8}; }
 
 template <class Params>
 int64_t resident_blocks(void (*)(Params), const Launch&) {
-  return host::processors();
+  return host::free_processors();
 }
 
 template <class Params>
 int64_t resident_clusters(void (*)(Params), const Launch& l) {
-  return host::processors() / l.cluster;
+  return host::free_processors() / l.cluster;
 }
 
 template <class Params>
@@ -257,7 +257,8 @@ void launch(void (*kernel)(Params), const Launch& l, Stream, const Params& p) {
   if (l.shared_bytes > size_t(device_facts().shared_bytes)) throw std::runtime_error("too much shared memory");
   if (l.grid.blocks() == 0 || l.grid.y > 65535 || l.grid.z > 65535) throw std::runtime_error("no such grid");
   if (l.threads > 1024) throw std::runtime_error("too many threads");
-  if (l.cooperative && l.grid.blocks() > host::processors()) throw std::runtime_error("too many cooperative blocks");
+  if (l.cooperative && l.grid.blocks() > host::free_processors())
+    throw std::runtime_error("too many cooperative blocks");
   if (l.cluster && l.grid.x % unsigned(l.cluster)) throw std::runtime_error("the grid is no number of clusters");
   const size_t together = l.cooperative ? size_t(l.grid.blocks()) : size_t(std::max(l.cluster, 1));
   host::run({l.grid.x, l.grid.y, l.grid.z}, l.threads, l.shared_bytes, together, [&] { kernel(p); });

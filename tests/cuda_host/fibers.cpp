@@ -68,7 +68,7 @@ struct Scheduler {
   int late_warp = -1;                 // those of this warp alone, if it isn't negative,
   size_t late_turns = 0;              // for so long
   const std::function<void()>* kernel = nullptr;
-  int processors = 12;
+  int processors = 12, busy = 0;
 } scheduler;
 
 void before_switch([[maybe_unused]] void** fake_stack, [[maybe_unused]] const void* to, [[maybe_unused]] size_t size) {
@@ -240,11 +240,15 @@ void run(Index3 grid, int threads, size_t shared_bytes, size_t together, const s
 size_t any(size_t count) { return scheduler.random() % count; }
 
 int processors() { return scheduler.processors; }
+int free_processors() { return scheduler.processors - scheduler.busy; }
 
 }  // namespace fusedrnn::cuda::host
 
-// For the tests: the order in which threads run, and how many blocks at the same time.
-extern "C" __attribute__((visibility("default"))) void fusedrnn_cuda_host_configure(uint64_t seed, int processors) {
-  fusedrnn::cuda::host::scheduler.random.seed(seed);
-  fusedrnn::cuda::host::scheduler.processors = processors;
+// For the tests: the order in which threads run; how many blocks at the same time, and room for how many something else
+// takes.
+extern "C" __attribute__((visibility("default"))) void fusedrnn_cuda_host_configure(uint64_t seed, int processors,
+                                                                                    int busy) {
+  using fusedrnn::cuda::host::scheduler;
+  scheduler.random.seed(seed);
+  scheduler.processors = processors, scheduler.busy = busy;
 }

@@ -70,7 +70,8 @@ void run(Index3 grid, int threads, size_t shared_bytes, size_t together, const s
 // A number below `count`, at random.
 size_t any(size_t count);
 
-// Blocks that run at the same time.
+// Blocks that can run at the same time, and those that nothing else keeps from it.
 int processors();
+int free_processors();
 
 }  // namespace fusedrnn::cuda::host
