@@ -1,8 +1,10 @@
 """torch.compile, torch.export and AOTInductor: whole graphs, any length and batch, eager's own bits."""
 
 import copy
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -193,7 +195,7 @@ def test_stream(name, options, device):
 
 
 def test_transforms_run_outside_of_the_graph(device):
-    """Dynamo can't trace torch.func's transforms of an autograd.Function."""
+    """Dynamo can't trace torch.func's transforms of an autograd.Function, which is what runs where gradients are on."""
     module = make("LSTM", device)
     parameters = {n: p.detach() for n, p in module.named_parameters()}
     x = torch.randn(4, 5, 2, 3, device=device)
@@ -208,6 +210,13 @@ def test_transforms_run_outside_of_the_graph(device):
     ):
         found, expected = (tree_leaves(f()) for f in (torch.compile(transformed, backend="aot_eager"), transformed))
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("name, options", MODULES)
+def test_vmap_without_gradients(name, options, device):
+    module = make(name, device, **STACKED, **options)
+    inputs = [(torch.randn(4, *shape, 3, device=device),) for shape in ((5, 2), (7, 3))]
+    assert_compiles(lambda x: vmap(lambda x: tuple(flat(module(x))))(x), module, inputs, training=False)
 
 
 def test_inductor(device):
@@ -340,6 +349,24 @@ def test_aot_inductor(device, tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     for x, found in zip(xs, torch.load(outputs), strict=True):
-        expected = model(x)
-        reference = copy.deepcopy(model).double()(x.double())
-        assert_close_to_reference({"y": found}, {"y": expected}, {"y": reference})
+        assert_right(found, model, x)
+    if device.type == "cpu":
+        x = torch.linspace(-1, 1, 9 * 4 * 3).reshape(9, 4, 3)
+        printed = run_in_cpp(tmp_path, package, libraries[0], *x.shape)
+        assert_right(torch.tensor([float(number) for number in printed.split()]).reshape(9, 4, 2), model, x)
+
+
+def assert_right(found, model, x):
+    reference = copy.deepcopy(model).double()(x.double())
+    assert_close_to_reference({"y": found}, {"y": model(x)}, {"y": reference})
+
+
+def run_in_cpp(folder, *arguments):
+    """What examples/aot_inductor.cpp prints."""
+    torch_folder, source = Path(torch.__file__).parent, Path(__file__).parent.parent / "examples/aot_inductor.cpp"
+    words = [os.environ.get("CXX", "c++"), "-std=c++20", source, "-o", folder / "run"]
+    words += [f"-I{torch_folder / inside}" for inside in ("include", "include/torch/csrc/api/include")]
+    words += [f"-L{torch_folder / 'lib'}", f"-Wl,-rpath,{torch_folder / 'lib'}", "-Wl,--no-as-needed"]
+    subprocess.run([*words, "-ltorch", "-ltorch_cpu", "-lc10", "-ldl"], check=True)
+    command = [str(word) for word in (folder / "run", *arguments)]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
