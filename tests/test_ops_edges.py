@@ -11,6 +11,7 @@ from helpers import (
     backward_ours,
     fair_results,
     forward_ours,
+    four_results,
     in_float64,
     layer_backward_op,
     layer_op,
@@ -46,6 +47,15 @@ def test_no_units(cell, P, device, capability):
     case = Case(cell, T=3, N=2, H=0, P=P, directions=2)
     inputs, gradients = make_inputs(case, device), make_gradients(case, device)
     assert_close_to_reference(ours(case, inputs, gradients), None, in_float64(case, inputs, gradients))
+
+
+@pytest.mark.parametrize("N", [1, 20])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_no_features(name, dtype, N, device, capability):
+    """Nothing but the state and the biases go into a step."""
+    case = variant(name, T=3, N=N, I=0, H=33, directions=2, dtype=dtype)
+    assert_close_to_reference(*four_results(case, device), what=str(case))
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -79,7 +79,7 @@ struct Matrix {
     }
     const Tiling<S>& tiling = MatrixUnit<S>::tiling(most_rows);
     const S* p = panels + panel * width() * padded_K();
-    const int64_t blocks = divide_up(K * n * w * sizeof(S), k_block_bytes);
+    const int64_t blocks = std::max<int64_t>(1, divide_up(K * n * w * sizeof(S), k_block_bytes));  // of K = 0 as well
     for (int64_t i = 0, k = 0; i < blocks; ++i) {
       const int64_t next = i + 1 == blocks ? K : round_up(K * (i + 1) / blocks, MatrixUnit<S>::k_block);
       for_tiles(count, tiling.most_rows[n - 1], [&](int64_t first, int m) {
