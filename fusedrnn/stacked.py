@@ -44,6 +44,7 @@ def _forward(
     save: bool,
     tf32: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    _check_states(layers, h0, c0)
     results = []
     for k, own in enumerate(of_layers(weights, layers)):
         results.append(ops.forward[cell](x, _layer(h0, k), _layer(c0, k), own, None, 1, save, tf32))
@@ -69,8 +70,13 @@ def _backward(
     needs: Sequence[int],
     tf32: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    inputs, gates, cells = [x, *saved[: layers - 1], y], saved[layers - 1 : -layers], saved[-layers:]
     own = of_layers(weights, layers)
+    _check_states(layers, h0, c0, dh_n, dc_n)
+    if len(saved) + 1 != 3 * layers or len(needs) != layers:
+        raise RuntimeError(
+            f"fusedrnn: saved, needs: expected what the forward op saved of {layers} layers, and {layers} masks"
+        )
+    inputs, gates, cells = [x, *saved[: layers - 1], y], saved[layers - 1 : -layers], saved[-layers:]
     none = x.new_empty(0)
     gradients: list[Any] = [(none, none, none, [none] * len(own[0]))] * layers
     masks = layer_needs(needs, layers)
@@ -93,11 +99,18 @@ def layer_needs(needs: Sequence[int], layers: int) -> list[int]:
     return [0] * bottom + own
 
 
+def _check_states(layers: int, *states: Tensor | None) -> None:
+    if any(s is not None and (s.dim() != 3 or s.shape[0] != layers) for s in states):
+        raise RuntimeError(f"fusedrnn: h0, c0: expected a state for each of {layers} layers")
+
+
 def _layer(state: Tensor | None, k: int) -> Tensor | None:
     return None if state is None or state.numel() == 0 else state[k : k + 1]
 
 
 def of_layers(weights: Sequence[_Item], layers: int) -> list[Sequence[_Item]]:
+    if layers < 1 or not weights or len(weights) % layers:
+        raise RuntimeError(f"fusedrnn: weights: expected as many for each of {layers} layers, got {len(weights)}")
     count = len(weights) // layers
     return [weights[k * count : (k + 1) * count] for k in range(layers)]
 

@@ -119,6 +119,24 @@ def test_no_rows(name, device, by_layers):
         assert_same_bits(found, results(*by_layers(cell), arguments, upstream, 2))
 
 
+@pytest.mark.parametrize("layers", [0, -1, 2, 4, 2**62])
+def test_another_number_of_layers(layers, device):
+    """Wherever the ops run, and before anything is made for so many layers."""
+    arguments, upstream = stack_inputs("lstm", 3, device, T=2, N=2, I=3, H=4)
+    forward, backward = by_op("lstm")
+    y, _, _, saved = forward(*arguments, 0, True)
+    for wrong in ((*arguments[:4], layers), (*arguments[:3], arguments[3][1:], 3)):
+        with pytest.raises(RuntimeError, match="expected"):
+            forward(*wrong, 0, True)
+        with pytest.raises(RuntimeError, match="expected"):
+            backward(*upstream, *wrong, 0, y, saved, [0] * 3)
+    with pytest.raises(RuntimeError, match="expected"):
+        forward(arguments[0], arguments[1][:2], *arguments[2:], 0, True)
+    for wrong_saved, needs in ((saved[1:], [0] * 3), (saved, [0] * 2)):
+        with pytest.raises(RuntimeError, match="expected"):
+            backward(*upstream, *arguments, 0, y, wrong_saved, needs)
+
+
 @pytest.mark.usefixtures("cuda_kernels")
 def test_wrong_arguments(device):
     (x, h0, c0, weights, layers), upstream = stack_inputs("lstm", 2, device)
