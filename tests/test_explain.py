@@ -97,11 +97,22 @@ def test_layers_of_one_op():
     assert (layers(module, 65), layers(module.eval(), 65)) == (1, 3)
 
 
+def test_explain_needs_no_memory_for_the_steps():
+    module = fusedrnn.GRU(4, 6)
+    (many,), (few,) = fusedrnn.explain(module, (2**36, 1, 4)), fusedrnn.explain(module, (2**20, 1, 4))
+    for name in ("T", "multiply_adds"):
+        assert many.pop(name) == 2**16 * few.pop(name)
+    assert many == few
+
+
 def test_explain_refuses():
     with pytest.raises(TypeError, match="fusedrnn's LSTM, GRU or RNN"):
         fusedrnn.explain(nn.LSTM(4, 6), (5, 3, 4))
     for shape in ((5, 3, 5), (4,), (0, 3, 4), (1, 5, 3, 4)):
         with pytest.raises(ValueError, match="expected the shape of an input with 4 features"):
+            fusedrnn.explain(fusedrnn.LSTM(4, 6), shape)
+    for shape in ((3, 2**62, 4), (2**62, 3, 4), (2**36, 2, 4)):
+        with pytest.raises(ValueError, match="rows"):
             fusedrnn.explain(fusedrnn.LSTM(4, 6), shape)
     good = {"T": 1, "N": 1, "I": 1, "H": 1, "P": 1, "directions": 1, "projected": False}
     for wrong in ({"cell": "lstm", "dtype": "int8"}, {"cell": "elman", "dtype": "float32"}):

@@ -1,6 +1,8 @@
 #include "explain.h"
 
+#include <algorithm>
 #include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "../cells/gru.h"
@@ -12,12 +14,15 @@
 namespace fusedrnn {
 namespace {
 
+constexpr int64_t most_rows = int64_t(1) << 36;  // whose sizes no int64 is too small for
+
 template <class S>
 CpuExplanation explain(const CpuLayer& l, CellKind kind, int gates) {
-  std::vector<int64_t> offset(l.T + 1);
-  for (int64_t t = 0; t <= l.T; ++t) offset[t] = t * l.N;
+  const int64_t T = std::min<int64_t>(l.T, 8);  // more would have the same plan
+  std::vector<int64_t> offset(T + 1);
+  for (int64_t t = 0; t <= T; ++t) offset[t] = t * l.N;
   Forward<S> direction{};
-  direction.shape = {l.T, l.N, l.I, l.H, l.P, offset.data(), false, l.projected};
+  direction.shape = {T, l.N, l.I, l.H, l.P, offset.data(), false, l.projected};
   CpuExplanation e{};
   e.max_threads = max_threads();
   e.multiply_adds = layer_multiply_adds(l.T * l.N, l.directions, gates, l.H, l.I, l.P);
@@ -38,6 +43,8 @@ CpuExplanation explain(const CpuLayer& l, CellKind kind, int gates) {
 
 CpuExplanation explain_cpu(const CpuLayer& l) {
   if (l.T < 1 || l.N < 1) throw std::invalid_argument("expected at least one step of one sequence");
+  if (l.T > most_rows / l.N)
+    throw std::invalid_argument("expected no more than " + std::to_string(most_rows) + " rows");
   if (l.cell == "lstm") return explain(l, CellKind::lstm, LSTM::gates);
   if (l.cell == "gru") return explain(l, CellKind::gru, GRU::gates);
   if (l.cell == "rnn_tanh") return explain(l, CellKind::rnn_tanh, RNNTanh::gates);
