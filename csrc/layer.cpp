@@ -16,6 +16,17 @@ std::string text(const Shape& shape) {
   return "[" + s + "]";
 }
 
+// Elements from the first one of a tensor to behind its last.
+int64_t extent(const Tensor& t) {
+  const auto sizes = t.sizes(), strides = t.strides();
+  int64_t last = 0;
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    if (sizes[i] == 0) return 0;
+    last += (sizes[i] - 1) * strides[i];
+  }
+  return last + 1;
+}
+
 // Of `like`'s dtype (or `dtype`) and device, and of this shape.
 void check_tensor(const char* name, const Tensor& t, std::initializer_list<int64_t> shape, const Tensor& like,
                   ScalarType dtype) {
@@ -25,6 +36,7 @@ void check_tensor(const char* name, const Tensor& t, std::initializer_list<int64
   STD_TORCH_CHECK(t.scalar_type() == dtype, "fusedrnn: ", name, ": expected dtype ", toString(dtype), ", got ",
                   toString(t.scalar_type()));
   STD_TORCH_CHECK(t.device() == like.device(), "fusedrnn: ", name, ": expected the device of x");
+  check_storage(name, t);
 }
 
 void check_tensor(const char* name, const MaybeTensor& t, std::initializer_list<int64_t> shape, const Tensor& like,
@@ -36,6 +48,7 @@ void check_tensor(const char* name, const MaybeTensor& t, std::initializer_list<
 std::vector<int64_t> offsets(const Tensor& batch_sizes, int64_t rows) {
   STD_TORCH_CHECK(batch_sizes.is_cpu() && batch_sizes.scalar_type() == ScalarType::Long && batch_sizes.dim() == 1,
                   "fusedrnn: batch_sizes: expected a one-dimensional int64 tensor on the CPU");
+  check_storage("batch_sizes", batch_sizes);
   const int64_t T = batch_sizes.size(0), stride = batch_sizes.stride(0);
   const auto* sizes = static_cast<const int64_t*>(batch_sizes.const_data_ptr());
   std::vector<int64_t> offset(T + 1, 0);
@@ -57,6 +70,14 @@ std::vector<int64_t> offsets(const Tensor& batch_sizes, int64_t rows) {
 
 }  // namespace
 
+void check_storage(const char* name, const Tensor& t) {
+  int64_t bytes;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &bytes));
+  const int64_t elements = extent(t);
+  STD_TORCH_CHECK(elements == 0 || (t.storage_offset() + elements) * int64_t(t.element_size()) <= bytes,
+                  "fusedrnn: ", name, ": its storage has been freed or made smaller");
+}
+
 Layer Layer::check(const Tensor& x, const MaybeTensor& h0, const MaybeTensor& c0, const std::vector<Tensor>& weights,
                    const MaybeTensor& batch_sizes, int64_t directions, bool step, int64_t gates, int64_t saved,
                    bool has_c) {
@@ -74,6 +95,7 @@ Layer Layer::check(const Tensor& x, const MaybeTensor& h0, const MaybeTensor& c0
                   : batch_sizes ? "[rows, I] with batch_sizes"
                                 : "[T, N, I] without batch_sizes",
                   ", got ", text(x.sizes()));
+  check_storage("x", x);
   l.I = x.size(x.dim() - 1);
   if (step) {
     l.T = 1, l.N = l.rows = x.size(0);
@@ -150,11 +172,7 @@ void Layer::check_backward(const MaybeTensor& dy, const MaybeTensor& dh_n, const
 static bool overlap(const Tensor& a, const Tensor& b) {
   if (a.numel() == 0 || b.numel() == 0) return false;
   const auto begin = [](const Tensor& t) { return static_cast<const char*>(t.data_ptr()); };
-  const auto end = [&](const Tensor& t) {
-    int64_t last = 0;
-    for (int64_t i = 0; i < t.dim(); ++i) last += (t.size(i) - 1) * t.stride(i);
-    return begin(t) + (last + 1) * int64_t(t.element_size());
-  };
+  const auto end = [&](const Tensor& t) { return begin(t) + extent(t) * int64_t(t.element_size()); };
   return begin(a) < end(b) && begin(b) < end(a);
 }
 

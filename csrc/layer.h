@@ -61,6 +61,9 @@ struct FUSEDRNN_EXPORT Layer {
                      bool has_c);
 };
 
+// Raises a RuntimeError unless all of the tensor lies in its storage: one can be freed, or made smaller, under tensors.
+FUSEDRNN_EXPORT void check_storage(const char* name, const Tensor& t);
+
 // Outputs of the ops.
 using ForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;        // y, h_n, c_n, gates, cells
 using BackwardResult = std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>>;  // dx, dh0, dc0, dweights

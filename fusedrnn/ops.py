@@ -111,6 +111,10 @@ def _fake_forward(
     save: bool,
     tf32: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    if directions not in (1, 2) or len(weights) < 2 * directions:
+        raise RuntimeError(f"fusedrnn: directions, weights: got {directions} and {len(weights)}")
+    if batch_sizes is not None and batch_sizes.device.type != "cpu":
+        raise RuntimeError("fusedrnn: batch_sizes: expected a one-dimensional int64 tensor on the CPU")
     w_hh = weights[1]
     hidden, projected = w_hh.shape[0] // GATES[cell], w_hh.shape[1]
     *lead, _ = x.shape
@@ -168,6 +172,12 @@ def _fake_backward(
     needs: int,
     tf32: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    if batch_sizes is not None and batch_sizes.device.type != "cpu":
+        raise RuntimeError("fusedrnn: batch_sizes: expected a one-dimensional int64 tensor on the CPU")
+    for t in (dy, dh_n, dc_n, dcells, h0, c0, *weights, y, gates, cells):
+        if t is not None and t.device != x.device:
+            raise RuntimeError(f"fusedrnn: expected all tensors on {x.device}, got one on {t.device}")
+
     def gradient(bit: int, of: Tensor | None) -> Tensor:
         return x.new_empty(of.shape if of is not None and needs >> bit & 1 else (0,))
 
@@ -200,6 +210,7 @@ def _advance(
 ) -> None:
     """An advance op by its forward op."""
     y_, h_n, c_n, _, _ = forward[cell](x, h, c, weights, batch_sizes, directions, False, tf32(x))
+    _check("y", y, x, y_.shape)
     y.copy_(y_)
     h.copy_(h_n)
     if c is not None:

@@ -288,6 +288,58 @@ def test_segments_of_rows_beyond_the_input():
         torch.zeros(12, 2).index_select(0, source)
 
 
+def freed(t):
+    """As another thread, or FSDP, leaves a tensor."""
+    t = t.clone()
+    t.untyped_storage().resize_(t.untyped_storage().nbytes() // 2)
+    return t
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("cell", [*CELLS, "lstm_proj"])
+def test_storage_that_is_gone(cell, packed, device):
+    arguments = backward_arguments(cell, device, packed)
+    forward = {n: arguments[n] for n in ("x", "h0", "c0", "weights", "batch_sizes", "directions")}
+    for call, given in ((call_forward, forward), (call_backward, arguments)):
+        names = [n for n, t in given.items() if isinstance(t, torch.Tensor) and t.numel()]
+        for name in [*names, *[f"w{i}" for i in range(len(arguments["weights"]))]]:
+            t = given["weights"][int(name[1:])] if name[0] == "w" else given[name]
+            with pytest.raises(RuntimeError, match="storage has been freed or made smaller"):
+                call(cell, replaced(given, name, freed(t)))
+
+
+def test_storage_of_a_part_and_of_segments():
+    """Where a tensor lies in its storage counts, not how large that is."""
+    arguments = forward_arguments("gru", "cpu")
+    twice = torch.cat([arguments["x"], arguments["x"]])
+    twice.untyped_storage().resize_(arguments["x"].untyped_storage().nbytes())
+    call_forward("gru", {**arguments, "x": twice[:5]})
+    with pytest.raises(RuntimeError, match="storage"):
+        call_forward("gru", {**arguments, "x": twice[5:]})
+    for name in ("lengths", "reset", "first_row", "step_row"):
+        with pytest.raises(RuntimeError, match="storage"):
+            torch.ops.fusedrnn.segments(*{**SEGMENTS, name: freed(SEGMENTS[name])}.values())
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_meta_tensor_among_others(cell):
+    """It leads to the fake kernels, whose results are of no values: they refuse it."""
+    arguments = forward_arguments(cell, "cpu", packed=True)
+    for name in ("h0", "batch_sizes", "w0"):
+        t = arguments["weights"][0] if name == "w0" else arguments[name]
+        with pytest.raises(RuntimeError, match="fusedrnn"):
+            call_forward(cell, replaced(arguments, name, t.to("meta")))
+    arguments = backward_arguments(cell, "cpu", packed=True)
+    for name in ("dy", "dh_n", "h0", "batch_sizes", "y", "gates", "cells", "w1"):
+        t = arguments["weights"][1] if name == "w1" else arguments[name]
+        with pytest.raises(RuntimeError, match="fusedrnn"):
+            call_backward(cell, replaced(arguments, name, t.to("meta")))
+    x, h, c, w, sizes, d = forward_arguments(cell, "cpu").values()
+    y = x.new_empty(*x.shape[:2], h.shape[2], device="meta")
+    with pytest.raises(RuntimeError, match="fusedrnn: y"):
+        getattr(torch.ops.fusedrnn, f"{cell}_advance")(x, h, c, w, sizes, d, y)
+
+
 def disturbed(value, rng: random.Random):
     """Something a careless caller might pass instead of `value`."""
     if isinstance(value, list):

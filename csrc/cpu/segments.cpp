@@ -34,6 +34,7 @@ void check(const char* name, const Tensor& t, std::initializer_list<int64_t> sha
                   ": its shape does not fit the lengths and the number of steps");
   STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == dtype, "fusedrnn: ", name, ": expected dtype ", toString(dtype),
                   " on the CPU");
+  check_storage(name, t);
 }
 
 std::vector<int64_t> values(const Tensor& t) {
