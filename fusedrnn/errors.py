@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from . import ops
@@ -29,6 +30,8 @@ def in_torch_words(forward: Any, module: Any, input: Any, hx: Any, error: Except
         return error
     if any(words in str(error) for words in _NO_MEMORY):
         return out_of_memory(error)
+    if not all(map(_is_stored, (*_tensors((input, hx)), *module.parameters()))):  # torch.nn would read what is gone
+        return error
     try:
         with torch.no_grad():
             if isinstance(module, torch.nn.RNNBase) and isinstance(input, PackedSequence):
@@ -79,6 +82,32 @@ def _has_its_shapes(module: Any) -> bool:
         if isinstance(weight, Tensor) and weight.shape != shapes.get(name[:9], (rows,)):
             return False
     return True
+
+
+def check_stored(*values: Any) -> None:
+    """That tensors are dense and have their memory, before torch's own operations, which crash for some others. The
+    ops check it themselves."""
+    if torch.compiler.is_compiling():
+        return
+    for t in _tensors(values):
+        if t.layout not in (torch.strided, torch.jagged):
+            raise RuntimeError(f"fusedrnn: expected dense tensors, got one of layout {t.layout}")
+        if not _is_stored(t):
+            raise RuntimeError("fusedrnn: expected tensors whose storage has not been freed or made smaller")
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    if isinstance(values, Tensor):
+        return [values]
+    return [t for value in values for t in _tensors(value)] if isinstance(values, list | tuple) else []
+
+
+def _is_stored(t: Tensor) -> bool:
+    """Whether all of a tensor lies in its storage."""
+    if t.layout is not torch.strided or t.is_meta or is_functorch_wrapped_tensor(t) or 0 in t.shape:
+        return True
+    last = sum([(n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True)])
+    return (t.storage_offset() + last + 1) * t.itemsize <= t.untyped_storage().nbytes()
 
 
 def pair(hx: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, Tensor | None]:

@@ -200,7 +200,7 @@ def _call(
     *options: Any,
 ) -> tuple[tuple[Any, ...], States]:
     directions = 2 if bidirectional else 1
-    count, rest = divmod(len(weights), num_layers * directions)
+    count, rest = divmod(len(weights), num_layers * directions) if num_layers > 0 else (0, 0)
     if rest or count not in ((2, 3, 4, 5) if cell == "lstm" else (2, 4)):
         raise ValueError(f"{cell}: got {len(weights)} weights for {num_layers} layers of {directions} directions")
     return network(cell, input, hx, weights, num_layers, directions, batch_first, dropout, *options)

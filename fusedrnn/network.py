@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from . import stacked
-from .errors import check_dimensions, check_sizes
+from .errors import check_dimensions, check_sizes, check_stored
 from .layer import layer, traceable_layer
 from .ops import autocast_enabled
 from .profiling import in_range, ranges_enabled
@@ -41,6 +41,7 @@ def network(
     if hx is not None:
         states = tuple(hx) if cell == "lstm" else (hx,)
     options = (num_layers, directions, dropout, every_c, recompute)
+    check_stored(input, states, lengths, reset)
     if isinstance(input, PackedSequence):
         _refuse_lengths(lengths, reset)
         data, batch_sizes, sorted_indices, unsorted_indices = input
@@ -66,6 +67,7 @@ def network(
         if input.layout != torch.jagged or input.dim() != 3 or jagged._ragged_idx != 1:
             raise ValueError("Expected a nested tensor of the jagged layout and shape [N, (lengths), I]")
         data = jagged.values()
+        check_stored(data, jagged.offsets(), jagged.lengths())
         expected = check_sizes(cell, data, states, weights, num_layers * directions, input.shape[0], 2)
         if states is None:
             states = tuple([data.new_zeros(e) for e in expected])
@@ -126,6 +128,7 @@ def stack(
     device = x.device.type
     if autocast_enabled() and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
+        check_stored(weights)
         with torch.autocast(device, enabled=False):
             x, *states_ = _cast((x, *(states or ())), dtype)
             weights = _cast(weights, dtype)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import ops, vmap
 from .autograd import Layer, layer_gradients
-from .errors import raises_out_of_memory
+from .errors import check_stored, raises_out_of_memory
 
 _Item = TypeVar("_Item")
 
@@ -39,6 +39,7 @@ class RecomputedLayer(Layer):
         c0: Tensor | None,
         *weights: Tensor,
     ) -> tuple[Tensor, ...]:
+        check_stored(x, h0, c0, batch_sizes)
         lead, hidden, projected = x.shape[:-1], weights[1].shape[0] // ops.GATES[cell], weights[1].shape[1]
         widths = [projected, hidden] if cell == "lstm" else [projected]
         batch = _batch(x, batch_sizes)

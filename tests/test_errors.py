@@ -299,6 +299,43 @@ def test_unknown_nonlinearity_of_a_cell():
     same_outcome(lambda library: library.RNNCell(I, H, nonlinearity="cube")(torch.randn(N, I)), must_raise=True)
 
 
+# ---- what torch itself would crash on ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("what", ["input", "packed", "nested", "hx", "weight"])
+@pytest.mark.parametrize("options", [{}, {"recompute": True}, {"num_layers": 2}], ids=str)
+@pytest.mark.parametrize("name, kind", LAYERS)
+def test_storage_that_is_gone(name, kind, options, what):
+    module = getattr(fusedrnn, name)(I, H, **options, **kind)
+    x, hx = torch.randn(T, N, I), good(name == "LSTM", kind.get("proj_size", 0), rows=options.get("num_layers", 1))
+    lost = {"hx": hx[0] if name == "LSTM" else hx, "weight": module.weight_hh_l0}.get(what, x)
+    if what == "packed":
+        x = pack_sequence([torch.randn(n, I) for n in (2, 5, 4)], enforce_sorted=False)
+        lost = x.data
+    elif what == "nested":
+        x = torch.nested.nested_tensor([torch.randn(n, I) for n in (2, 5, 4)], layout=torch.jagged)
+        lost = x.values()
+    lost.untyped_storage().resize_(0)
+    for autocast in (False, True):
+        with torch.autocast("cpu", enabled=autocast), pytest.raises(RuntimeError, match="freed or made smaller"):
+            module(x, hx)
+
+
+@pytest.mark.parametrize("name, kind", LAYERS)
+def test_packed_data_that_is_not_dense(name, kind):
+    data, sizes = torch.randn(9, I), torch.tensor([3, 3, 2, 1])
+    module = getattr(fusedrnn, name)(I, H, **kind)
+    for other in (data.to_sparse(), data.to_mkldnn()):
+        with pytest.raises(RuntimeError):
+            module(PackedSequence(other, sizes))
+
+
+def test_a_function_of_no_layers():
+    for layers in (0, -1):
+        with pytest.raises(ValueError, match=f"got 4 weights for {layers} layers"):
+            fusedrnn.functional.gru(torch.randn(T, N, I), list(fusedrnn.GRU(I, H).parameters()), num_layers=layers)
+
+
 # ---- and afterwards ------------------------------------------------------------------------------
 
 
