@@ -5,6 +5,8 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 BENCH ?= --quick
+FUZZ ?= 100000
+SEED ?= 0
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -15,7 +17,7 @@ AMX := tests/test_amx.py tests/test_ops.py tests/test_ops_edges.py tests/test_th
 SANITIZERS = $(foreach name,asan stdc++,$(shell $(CXX) -print-file-name=lib$(name).so))
 TORCH_STAMP := $(VENV)/.torch-$(shell printf %s '$(TORCH)' | tr -c 'A-Za-z0-9.' _)
 
-.PHONY: help test integration bench docs lint format asan cuda-host mutants gpu clean
+.PHONY: help test integration bench docs lint format sanitized asan fuzz cuda-host mutants gpu clean
 .DELETE_ON_ERROR:
 
 help:
@@ -25,6 +27,7 @@ help:
 	@echo "make lint     ruff, clang-format and mypy;  make format  lets the first two change the files"
 	@echo "make docs     draw the pictures and build the documentation: build/docs/index.html"
 	@echo "make asan     the kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer"
+	@echo "make fuzz     calls of all kinds with mistakes in them, under the same   (FUZZ=100000 of them; SEED=0: other ones)"
 	@echo "make cuda-host  the CUDA kernels' tests on the CPU, no GPU needed;  make mutants  what those tests would catch"
 	@echo "make gpu      on a machine with a GPU: build, test, compute-sanitizer, benchmark against cuDNN"
 	@echo "make clean    remove $(VENV) and what was built"
@@ -72,13 +75,31 @@ format: $(VENV)/.dev
 	$(BIN)/clang-format -i $(CPP)
 
 # Python itself isn't instrumented, so the runtime comes first by LD_PRELOAD, and its leaks are not ours.
-UNDER_ASAN = PYTHONPATH=build/asan:tools LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 \
-  UBSAN_OPTIONS=print_stacktrace=1 $(BIN)/pytest -q -p sanitized
-asan: $(VENV)/.dev
+UNDER_ASAN = PYTHONPATH=build/asan:tools LD_PRELOAD="$(PRELOADED) $(SANITIZERS)" \
+  ASAN_OPTIONS=detect_leaks=0$(ASAN_OPTIONS_TOO) UBSAN_OPTIONS=print_stacktrace=1
+ASAN_PYTEST = $(UNDER_ASAN) $(BIN)/pytest -q -p sanitized
+sanitized: $(VENV)/.dev
 	CXX="$(CXX)" FUSEDRNN_SANITIZE=address,undefined $(BIN)/python setup.py -q build --build-lib build/asan
-	$(UNDER_ASAN) --every 41 tests/test_ops.py tests/test_ops_edges.py $(ARGS)
-	$(UNDER_ASAN) -k 'test_amx or python_threads or (amx and bfloat16 and not all_options)' $(AMX) $(ARGS)
-	$(UNDER_ASAN) -p cuda_host --ops fusedrnn_cuda_host --every 83 $(CUDA_HOST) $(ARGS)
+
+asan: sanitized
+	$(ASAN_PYTEST) --every 41 tests/test_ops.py tests/test_ops_edges.py $(ARGS)
+	$(ASAN_PYTEST) -k 'test_amx or python_threads or (amx and bfloat16 and not all_options)' $(AMX) $(ARGS)
+	$(ASAN_PYTEST) -p cuda_host --ops fusedrnn_cuda_host --every 83 $(CUDA_HOST) $(ARGS)
+
+# In 20 processes, as hypothesis remembers all that it has tried. No case needs 256 MB, and none may try.
+fuzz: PRELOADED = $(CURDIR)/build/asan/throwing_new.so
+fuzz: ASAN_OPTIONS_TOO = :verify_asan_link_order=0:allocator_may_return_null=1:max_allocation_size_mb=256
+fuzz: sanitized
+	$(CXX) -O1 -shared -fPIC -o build/asan/throwing_new.so tools/throwing_new.cpp
+ifdef CASE
+	$(UNDER_ASAN) $(BIN)/python tests/fuzzing.py $(CASE)
+else
+	@for seed in $$(seq 1 20); do \
+	  FUSEDRNN_FUZZ=$$(($(FUZZ) / 20)) $(ASAN_PYTEST) --hypothesis-seed=$$(($(SEED) + seed)) \
+	    --hypothesis-show-statistics tests/test_fuzz_ops.py tests/test_fuzz_api.py $(ARGS) || \
+	    { cat build/fuzz_case.txt; echo "was the last case; again: make fuzz CASE=build/fuzz_case.txt"; exit 1; }; \
+	done
+endif
 
 # Every thread of a block is a fiber, in an order that differs from test to test.
 cuda-host: $(VENV)/.test

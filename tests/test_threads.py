@@ -1,11 +1,13 @@
 """Threads and processes: torch's thread count is followed, and results are right wherever an op is called from."""
 
 import functools
+import random
 import subprocess
 import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -153,6 +155,75 @@ def test_the_gil_is_released():
         sys.setswitchinterval(interval)
         thread.join()
     assert during > 0
+
+
+# ---- tensors that other threads let go of, or write to -------------------------------------------
+
+
+@contextmanager
+def meanwhile(work):
+    """Another thread does `work` again and again."""
+    stop, failures = threading.Event(), []
+
+    def run():
+        try:
+            while not stop.is_set():
+                work()
+        except Exception as error:
+            failures.append(error)
+
+    thread, interval = threading.Thread(target=run), sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    thread.start()
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(interval)
+        stop.set()
+        thread.join()
+    assert not failures, failures
+
+
+def test_arguments_that_another_thread_lets_go_of():
+    """The caller's are the last references, and their memory would be another's at once."""
+    case = variant("lstm", T=20, N=8, I=32, H=64)
+    inputs = make_inputs(case)
+    expected = forward_ours(case, inputs)
+    box = [inputs]
+
+    def replace():
+        box[0] = inputs.map(torch.Tensor.clone)
+        for t in (inputs.x, *inputs.weights):
+            torch.full_like(t, float("nan"))
+        fusedrnn.release_memory()
+
+    with meanwhile(replace):
+        for _ in range(200):
+            assert_same_bits(forward_ours(case, box[0]), expected)
+
+
+def test_sizes_that_another_thread_changes():
+    """They are read once: what was checked is what is computed with."""
+    inputs = make_inputs(variant("gru", I=8, H=16, lengths=(9, 8, 8, 3, 1)))
+    good, sizes = inputs.batch_sizes, inputs.batch_sizes.clone()
+    lengths, x, module = torch.tensor([9, 4, 0]), torch.randn(9, 3, 8), fusedrnn.GRU(8, 16)
+    changes = random.Random(0)
+
+    def change():
+        sizes[changes.randrange(len(sizes))] = changes.choice([-1, 0, 1, 5, 2**62])
+        lengths[changes.randrange(3)] = changes.choice([-1, 0, 9, 10, 2**62])
+        sizes.copy_(good)
+
+    def refused():
+        try:
+            torch.ops.fusedrnn.gru(inputs.x, inputs.h0, None, inputs.weights, sizes, 1, True)
+            module(x, lengths=lengths)
+        except RuntimeError as error:
+            return "batch_sizes" in str(error) or "lengths" in str(error)
+        return False
+
+    with meanwhile(change):
+        assert sum(refused() for _ in range(1000)) > 0
 
 
 # ---- other processes and regions -----------------------------------------------------------------
