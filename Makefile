@@ -77,7 +77,8 @@ format: $(VENV)/.dev
 # Python itself isn't instrumented, so the runtime comes first by LD_PRELOAD, and its leaks are not ours.
 UNDER_ASAN = PYTHONPATH=build/asan:tools LD_PRELOAD="$(PRELOADED) $(SANITIZERS)" \
   ASAN_OPTIONS=detect_leaks=0$(ASAN_OPTIONS_TOO) UBSAN_OPTIONS=print_stacktrace=1
-ASAN_PYTEST = $(UNDER_ASAN) $(BIN)/pytest -q -p sanitized
+# Not captured, reports don't go down with the process.
+ASAN_PYTEST = $(UNDER_ASAN) $(BIN)/pytest -q -p sanitized --capture=sys
 sanitized: $(VENV)/.dev
 	CXX="$(CXX)" FUSEDRNN_SANITIZE=address,undefined $(BIN)/python setup.py -q build --build-lib build/asan
 

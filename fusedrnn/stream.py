@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .errors import check_sizes
+from .errors import check_sizes, check_stored
 from .modules import CELL, FusedBase
 from .network import stack
 
@@ -50,6 +50,7 @@ class Stream:
         widths = [module.proj_size or module.hidden_size]
         if module.mode == "LSTM":
             widths.append(module.hidden_size)
+        check_stored(module._weights())
         like = module._weights()[0].detach()
         sizes = [module.num_layers * batch_size * width for width in widths]
         self._memory, self._before = like.new_zeros(2, sum(sizes))  # of all states, and of their copies

@@ -57,7 +57,8 @@ def attempt(call: Any) -> None:
     """Runs a call, recorded; it returns, or raises one of ERRORS. What it returns, it checks itself."""
     RECORD.parent.mkdir(exist_ok=True)
     RECORD.write_text(f"{call!r}\n")
-    faulthandler.dump_traceback_later(60, exit=True)  # a call that hangs is as bad as one that crashes
+    # A call that hangs is as bad as one that crashes.
+    faulthandler.dump_traceback_later(60, exit=True, file=sys.__stderr__)
     try:
         check = call.run()
     except ERRORS as error:
@@ -230,7 +231,8 @@ def _disguised(value: Any, disguise: Callable[[Tensor], Tensor]) -> Any:
         return value._replace(data=disguise(value.data))
     if isinstance(value, list | tuple):
         return type(value)([_disguised(v, disguise) for v in value])
-    return disguise(value) if isinstance(value, Tensor) and not value.is_nested else value
+    dense = isinstance(value, Tensor) and value.layout is torch.strided and not value.is_nested
+    return disguise(value) if dense and not value.is_quantized else value  # no views of those: torch crashes
 
 
 def _spoiled(value: Any, kind: str, rng: random.Random, others: list[Any]) -> Any:

@@ -212,6 +212,13 @@ def test_advance_op(name, options, device, capability):
     assert c is None or torch.equal(c, expected[2])
 
 
+def test_weights_without_memory():
+    module = fusedrnn.GRU(4, 6)
+    module.weight_hh_l0.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="freed or made smaller"):
+        fusedrnn.Stream(module)
+
+
 @pytest.mark.parametrize("name", ["lstm", "gru"])
 def test_advance_op_refuses(name, device):
     if device.type != "cpu":

@@ -123,7 +123,7 @@ class ForwardPass {
       S* to = thread.x_copy;
       for (int64_t t = low; t < high; ++t)
         for (int64_t n = active(shape_, thread, t).begin; n < active(shape_, thread, t).end; ++n, to += I)
-          std::memcpy(to, p_.x.at(shape_, t, n), I * sizeof(S));
+          std::copy_n(p_.x.at(shape_, t, n), I, to);  // memcpy takes no null, as I = 0 has
       thread.x = thread.x_copy;
       thread.ldx = I;
     }
