@@ -28,7 +28,7 @@ from torch import Tensor
 
 from fusedrnn import reference
 
-OPS = ("", "_inference", "_advance", "_backward", "_stack", "_stack_backward", "_layer")
+OPS = ("", "_inference", "_step", "_advance", "_backward", "_stack", "_stack_backward", "_layer")
 
 
 @dataclass(frozen=True)
@@ -67,12 +67,16 @@ class OpCall:
 
     def layer(self) -> dict[str, Any]:
         case, seed = self.case, self.seed
+        if self.op == "_step":
+            case = case.but(T=1, lengths=None, directions=1)
         inputs, (dy, dh_n, dc_n, _) = make_inputs(case, seed=seed), make_gradients(case, seed=seed + 1)
         y, h_n, c_n, gates, cells = layer_op(case.cell)(*inputs.arguments(), True)
         x, h0, c0, weights, batch_sizes, directions = inputs.arguments()
-        if self.op == "_advance":
+        if self.op in ("_step", "_advance"):
             y, h0 = torch.zeros_like(y), torch.zeros_like(h_n) if h0 is None else h0
             c0 = torch.zeros_like(c_n) if c0 is None and case.cell == "lstm" else c0
+        if self.op == "_step":
+            return {"x": x[0], "h": h0[0], "c": None if c0 is None else c0[0], "weights": weights}
         values = {"x": x, "h0": h0, "c0": c0, "h": h0, "c": c0, "weights": weights, "batch_sizes": batch_sizes}
         values |= {"directions": directions, "save": self.save, "every_c": self.save, "recompute": True, "tf32": False}
         values |= {"dy": dy, "dh_n": dh_n, "dc_n": dc_n, "dcells": None if dc_n is None else torch.ones_like(cells)}
@@ -106,15 +110,17 @@ class OpCall:
                 ]
                 assert sorted(results[1].tolist()) == rows
             return
-        tensors = [
-            t for t in (given["x"], *given["weights"], given.get("h0"), given.get("c0"), *before) if t is not None
-        ]
+        states = [given.get(name) for name in ("h0", "c0", "h", "c")]
+        tensors = [t for t in (given["x"], *given["weights"], *states, *before) if t is not None]
         if max(n for t in tensors for n in t.shape) > 10_000 or not all(t.isfinite().all() for t in tensors):
             return
         x, weights = given["x"].double(), [w.double() for w in given["weights"]]
         if self.op == "_advance":
-            h, c, y = given["h"], given["c"], given["y"]
-            found, states = [y, h] + ([] if c is None else [c]), (*[t.double() for t in before[:-1]], None)[:2]
+            found = [t for t in (given["y"], given["h"], given["c"]) if t is not None]
+            states = (*[t.double() for t in before[:-1]], None)[:2]
+        elif self.op == "_step":
+            x, states = x[None], [None if given[name] is None else given[name].double()[None] for name in ("h", "c")]
+            found = [results[0][None], *[t[None] for t in results]]  # y is h
         elif self.op in ("", "_inference", "_layer"):
             found = list(results[: 3 if self.case.cell == "lstm" else 2])
             states = [None if given[name] is None else given[name].double() for name in ("h0", "c0")]
@@ -123,7 +129,9 @@ class OpCall:
             return
         else:
             return
-        expected = getattr(reference, self.case.cell)(x, *states, weights, given["batch_sizes"], given["directions"])
+        expected = getattr(reference, self.case.cell)(
+            x, *states, weights, given.get("batch_sizes"), given.get("directions", 1)
+        )
         if all(e.abs().max() < torch.finfo(t.dtype).max for t, e in zip(found, expected, strict=False) if t.numel()):
             close(found, list(expected[: len(found)]), self)
 
@@ -159,4 +167,7 @@ def test_any_op(call):
 
 def test_every_op_is_called():
     found = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("fusedrnn::")}
-    assert {name.split(".")[0] for name in found} == {"segments", *[cell + op for cell in CELLS for op in OPS]}
+    assert {name.split(".")[0] for name in found} == {
+        "segments",
+        *[cell + op for cell in CELLS for op in (*OPS, "_plan")],
+    }  # a GPU's
