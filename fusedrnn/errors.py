@@ -90,7 +90,7 @@ def check_stored(*values: Any) -> None:
     if torch.compiler.is_compiling():
         return
     for t in _tensors(values):
-        if t.layout not in (torch.strided, torch.jagged):
+        if t.layout is not torch.strided:
             raise RuntimeError(f"fusedrnn: expected dense tensors, got one of layout {t.layout}")
         if not _is_stored(t):
             raise RuntimeError("fusedrnn: expected tensors whose storage has not been freed or made smaller")
@@ -98,7 +98,7 @@ def check_stored(*values: Any) -> None:
 
 def _tensors(values: Any) -> list[Tensor]:
     if isinstance(values, Tensor):
-        return [values]
+        return [] if values.is_nested else [values]  # of tensors, that are checked where they are taken out
     return [t for value in values for t in _tensors(value)] if isinstance(values, list | tuple) else []
 
 
