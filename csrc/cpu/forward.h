@@ -22,10 +22,9 @@ class ForwardPass {
     w_hr_ = {.K = H, .units = P, .rows = p.weights.w_hr, .most_rows = N};
     arena_.allocate([&, N = N, I = I, H = H, P = P](Arena& arena) {
       const int64_t rows = shape_.rows();
-      const bool packed = rows >= min_rows_to_pack;
-      layout_matrix(arena, w_ih_, packed);
-      layout_matrix(arena, w_hh_, packed);
-      if (shape_.projected) layout_matrix(arena, w_hr_, packed);
+      layout_matrix(arena, w_ih_, worth_packing(w_ih_));
+      layout_matrix(arena, w_hh_, worth_packing(w_hh_));
+      if (shape_.projected) layout_matrix(arena, w_hr_, worth_packing(w_hr_));
       groups_.layout(arena, threads_);
       c_ = arena.take<A>(Cell::has_c ? N * H : 0);
       zeros_ = arena.take<S>(P);
@@ -67,7 +66,7 @@ class ForwardPass {
   }
 
  private:
-  static constexpr int64_t min_rows_to_pack = 8, max_chunk_rows = 96;
+  static constexpr int64_t max_chunk_rows = 96;
   static constexpr int64_t wx_budget = 256 * 1024 / sizeof(A);
 
   struct Thread : Part {
@@ -80,6 +79,11 @@ class ForwardPass {
     int64_t low_time;      // the chunk's earliest time step
     bool project_in_step;  // the chunk is one step: each panel is projected just before its product
   };
+
+  // Whether so many rows are multiplied with it that rewriting it in panels pays; that is dear beyond the caches.
+  bool worth_packing(const Matrix<S>& matrix) const {
+    return shape_.rows() >= (matrix.panels_size() * int64_t(sizeof(S)) < 1 << 20 ? 8 : 20);
+  }
 
   void prepare(const Member& me) {
     pack_share(w_ih_, me);
