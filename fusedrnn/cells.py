@@ -118,7 +118,9 @@ class RNNCell(_Cell):
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """The next state; arguments, result and errors are torch.nn's (see the class)."""
         try:
-            cell = _RNN[self.nonlinearity]
+            cell = _RNN.get(self.nonlinearity)
+            if cell is None:
+                raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
             if hx is not None:
                 plain = self._plain_step(cell, input, hx, None)
                 if plain is not None:

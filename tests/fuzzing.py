@@ -85,12 +85,12 @@ def layers(draw: Any) -> Case:
     return variant(draw(st.sampled_from(VARIANTS)), **options)
 
 
-def close(found: list[Tensor], expected: list[Tensor], what: object) -> None:
+def close(found: list[Tensor], expected: list[Tensor], what: object, slack: float = 1) -> None:
     """As one tensor: an error that is small by the largest result will do, however small its own."""
     one = {"all results": torch.cat([t.flatten() for t in found])}
     other = {"all results": torch.cat([t.flatten().double() for t in expected])}
     assert [t.shape for t in found] == [t.shape for t in expected], what
-    assert_close_to_reference(one, None, other, what=str(what))
+    assert_close_to_reference(one, None, other, what=str(what), slack=slack)
 
 
 def ordinary(t: object) -> bool:

@@ -144,7 +144,8 @@ class OpCall:
         dx, dh0, dc0, dweights = results
         found = {"dx": dx, "dh0": dh0, "dc0": dc0, **{f"d{i}": d for i, d in enumerate(dweights)}}
         names = list(inputs.named())
-        close([found[n] for n in names], [expected[n] for n in names], self)
+        # Where all units are saturated, the last digit of y is not the last one of 1 - y^2.
+        close([found[n] for n in names], [expected[n] for n in names], self, slack=100)
 
 
 op_calls = st.builds(
