@@ -102,17 +102,20 @@ def test_packed_is_one_sequence_at_a_time(case, device):
     inputs = make_inputs(case, device)
     op = layer_op(case.cell)
     y, h_n, c_n, _, _ = op(*inputs.arguments(), False)
+    found = {"y": y, "h_n": h_n, **({"c_n": c_n} if case.cell == "lstm" else {})}
+    expected = {name: torch.zeros_like(t, dtype=torch.float64) for name, t in found.items()}
     offsets = [0, *inputs.batch_sizes.cumsum(0).tolist()]
     for n, length in enumerate(case.lengths):
         rows = [offsets[t] + n for t in range(length)]
         pick = lambda s, n=n: None if s is None else s[:, n : n + 1]  # noqa: E731
         arguments = (inputs.x[rows][:, None], pick(inputs.h0), pick(inputs.c0), inputs.weights, None, case.directions)
         alone = op(*arguments, False)
-        found = {"y": y[rows][:, None], "h_n": h_n[:, n : n + 1]}
-        expected = {"y": alone[0].double(), "h_n": alone[1].double()}
-        if case.cell == "lstm":
-            found["c_n"], expected["c_n"] = c_n[:, n : n + 1], alone[2].double()
-        assert_close_to_reference(found, None, expected, what=f"{case} sequence {n}")
+        expected["y"][rows] = alone[0][:, 0].double()
+        for name, final in zip(("h_n", "c_n"), alone[1:3], strict=True):
+            if name in expected:
+                expected[name][:, n] = final[:, 0].double()
+    # Fewer rows are summed in another order, and a sum of one unit can be next to nothing.
+    assert_close_to_reference(found, None, expected, what=str(case), slack=100)
 
 
 @pytest.mark.usefixtures("one_thread")
