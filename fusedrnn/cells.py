@@ -161,12 +161,8 @@ class LSTMCell(_Cell):
         """The next state; arguments, result and errors are torch.nn's (see the class)."""
         try:
             h, c = pair(hx)
-            if h is not None:
-                plain = self._plain_step("lstm", input, h, c)
-                if plain is not None:
-                    h, c = plain
-                    return h, c
-            h, c = self._step("lstm", input, hx)
+            states = None if h is None else self._plain_step("lstm", input, h, c)
+            h, c = self._step("lstm", input, hx) if states is None else states
             return h, c
         except ARGUMENT_ERRORS as error:
             raise in_torch_words(_NN_LSTM_CELL.forward, self, input, hx, error) from None

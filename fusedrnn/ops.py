@@ -113,8 +113,7 @@ def _fake_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     if directions not in (1, 2) or len(weights) < 2 * directions:
         raise RuntimeError(f"fusedrnn: directions, weights: got {directions} and {len(weights)}")
-    if batch_sizes is not None and batch_sizes.device.type != "cpu":
-        raise RuntimeError("fusedrnn: batch_sizes: expected a one-dimensional int64 tensor on the CPU")
+    _check_batch_sizes(batch_sizes)
     w_hh = weights[1]
     hidden, projected = w_hh.shape[0] // GATES[cell], w_hh.shape[1]
     *lead, _ = x.shape
@@ -145,6 +144,11 @@ def _fake_forward(
     return y, h_n, c_n, gates, cells
 
 
+def _check_batch_sizes(batch_sizes: Tensor | None) -> None:
+    if batch_sizes is not None and batch_sizes.device.type != "cpu":
+        raise RuntimeError("fusedrnn: batch_sizes: expected a one-dimensional int64 tensor on the CPU")
+
+
 def _check(name: str, t: Tensor | None, x: Tensor, shape: Sequence[int | torch.SymInt]) -> None:
     if t is None:
         return
@@ -172,8 +176,7 @@ def _fake_backward(
     needs: int,
     tf32: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    if batch_sizes is not None and batch_sizes.device.type != "cpu":
-        raise RuntimeError("fusedrnn: batch_sizes: expected a one-dimensional int64 tensor on the CPU")
+    _check_batch_sizes(batch_sizes)
     for t in (dy, dh_n, dc_n, dcells, h0, c0, *weights, y, gates, cells):
         if t is not None and t.device != x.device:
             raise RuntimeError(f"fusedrnn: expected all tensors on {x.device}, got one on {t.device}")
@@ -192,9 +195,9 @@ def _inference(cell: str, *arguments: Any) -> list[Tensor]:
 
 
 def _step(cell: str, x: Tensor, h: Tensor, c: Tensor | None, weights: Sequence[Tensor]) -> list[Tensor]:
-    """A step op by the forward op."""
+    """A step op by the op of a layer."""
     c = None if c is None else c.unsqueeze(0)
-    results = eager[cell](x.unsqueeze(0), h.unsqueeze(0), c, weights, None, 1, False, tf32(x))
+    results = infer(cell, x.unsqueeze(0), h.unsqueeze(0), c, weights, None, 1)
     return [t.squeeze(0) for t in results[1 : 3 if cell == "lstm" else 2]]
 
 
