@@ -77,7 +77,7 @@ fastest=()
 try_plans() {
   local plan plans=(stepwise loop grid cluster)
   for plan in "${plans[@]}"; do
-    stage "$plan" "$1" "$PYTHON" -m bench.gpu_small "$plan" > "$OUT/$plan.end" &
+    stage "$plan" "$1" "$PYTHON" -m bench.gpu_small --large "$plan" > "$OUT/$plan.end" &
   done
   wait
   cat "$OUT"/*.end && rm "$OUT"/*.end

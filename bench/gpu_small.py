@@ -1,12 +1,14 @@
 """Small layers of every cell, dtype and plan on a GPU, forward and backward, compared with the CPU's in float64.
 
-    python -m bench.gpu_small [PLAN...]
+    python -m bench.gpu_small [--large] [PLAN...]
 
-One line a layer and dtype. It is also what compute-sanitizer watches. Exit status 1 if an error is too large.
+One line a layer and dtype; with --large also of layers that need much of the device. It is also what compute-sanitizer
+watches. Exit status 1 if an error is too large.
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
 import itertools
 import sys
@@ -22,10 +24,15 @@ from fusedrnn import stacked
 PLANS = ("stepwise", "loop", "grid", "cluster")
 LAYERS: tuple[tuple[type, dict[str, Any]], ...] = (
     (fusedrnn.LSTM, {}),
+    (fusedrnn.LSTM, {"hidden_size": 16}),  # a cluster of one block
     (fusedrnn.LSTM, {"proj_size": 11}),
     (fusedrnn.LSTM, {"num_layers": 3}),
     (fusedrnn.GRU, {"bidirectional": True}),
     (fusedrnn.RNN, {}),  # relu's derivative jumps
+)
+LARGE: tuple[tuple[type, dict[str, Any]], ...] = (
+    (fusedrnn.LSTM, {"hidden_size": 768}),  # clusters of more than 8 blocks, and weights in shared memory
+    (fusedrnn.GRU, {"hidden_size": 520}),
 )
 # Dtypes, and the error of y and of gradients that is allowed, relative to the largest number. float32 is TF32.
 TOLERANCE = {torch.bfloat16: 6e-2, torch.float16: 1e-2, torch.float32: 1e-2, torch.float64: 1e-10}
@@ -44,12 +51,17 @@ def error(found: Tensor, expected: Tensor) -> float:
     return difference if difference == difference else float("inf")
 
 
-def main(plans: list[str], device: str = "cuda") -> int:
+def main(arguments: list[str], device: str = "cuda") -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu_small")
+    parser.add_argument("plans", nargs="*", default=PLANS)
+    parser.add_argument("--large", action="store_true")
+    wanted = parser.parse_args(arguments)
+    layers = LAYERS + LARGE * wanted.large
     failed = False
-    for plan in plans:
-        for (layer, options), (dtype, tolerance) in itertools.product(LAYERS, TOLERANCE.items()):
+    for plan in wanted.plans:
+        for (layer, options), (dtype, tolerance) in itertools.product(layers, TOLERANCE.items()):
             torch.manual_seed(0)
-            module = layer(9, 37, **options, dtype=dtype)
+            module = layer(9, **{"hidden_size": 37, **options}, dtype=dtype)
             longest = stacked.CHUNK + 6 if "num_layers" in options else 6
             sequences = [torch.randn(t, 9, dtype=dtype) for t in (longest, 4, 4, 1)]
             worst = []
@@ -68,4 +80,4 @@ def main(plans: list[str], device: str = "cuda") -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:] or list(PLANS)))
+    sys.exit(main(sys.argv[1:]))

@@ -19,9 +19,9 @@ TESTS = [
     "test_plans_agree or test_tf32 or (test_ragged_shapes and bfloat16) or (test_a_wave and cluster)",
 ]
 
-KEEP = "a_row({} + lane() / 4), k_of(i)"
+KEEP = "a_row({} + lane() / 4) + k_of(i)"
 SUMS = "cells.batch - 1)); }}, d.w_hh.row);\n    {}"
-MEET = "cells.fetch({});\n      {}"
+MEETING = "meeting.arrive();\n      {}\n      meeting.wait();"
 CLUSTER_SUMS = "{}\n      at.each(p.H, cells.batch,"
 CLUSTER_SEND = "// no next step\n      {}"
 CLUSTER_DRH = "// no step before\n      {}"
@@ -36,8 +36,8 @@ def swap(text: str, old: str, new: str) -> tuple[str, str]:
 
 MUTANTS = [
     ("no barrier before the sums are read", "stepwise.cuh", *swap(SUMS, "sync_block();", "")),
-    ("no meeting between forward steps", "stepwise.cuh", *swap(MEET.format("s + 1", "{}"), "meeting.meet();", "")),
-    ("no meeting between backward steps", "stepwise.cuh", *swap(MEET.format("s - 1", "{}"), "meeting.meet();", "")),
+    ("no meeting between forward steps", "stepwise.cuh", MEETING.format("cells.fetch(s + 1);"), "cells.fetch(s + 1);"),
+    ("no meeting between backward steps", "stepwise.cuh", MEETING.format("cells.fetch(s - 1);"), "cells.fetch(s - 1);"),
     ("a meeting doesn't wait", "stepwise.cuh", "wait_for(counter_, target_);", ""),
     ("a meeting doesn't signal", "stepwise.cuh", "signal(counter_);", ""),
     ("h goes to the buffer that is being read", "stepwise.cuh", "d.h[(cells.s + 1) % 2].at", "d.h[cells.s % 2].at"),
@@ -66,7 +66,13 @@ MUTANTS = [
     ),
     ("cluster: drh goes where it may still be read", "cluster.cuh", "outbox + (s & 1) * outbox_vectors;", "outbox;"),
     ("cluster: expects too few bytes", "cluster.cuh", "mine * pairs * shape.blocks", "mine * pairs"),
-    ("cluster: parts of dh go to the wrong place", "cluster.cuh", "(rank * own + unit", "(to * own + unit"),
+    ("cluster: parts of dh go to the wrong place", "cluster.cuh", "rank * own_floats +", "to * own_floats +"),
+    (
+        "cluster: a block that is alone doesn't meet",
+        "cluster.cuh",
+        *swap("if (alone_)\n      {}", "sync_block();", ";"),
+    ),
+    ("cluster: a block that is alone sends", "cluster.cuh", "alone_(blocks == 1)", "alone_(false)"),
     ("large products ignore TF32", "products.cuh", "if (left && right &&", "if (false && left && right &&"),
     ("a transposed factor isn't turned", "products.cuh", "int(pitch), turned != 0}", "int(pitch), false}"),
     ("the wrong rows of the weights are kept", "tile.cuh", *swap(KEEP, "16 * m + 8 * half", "16 * m")),

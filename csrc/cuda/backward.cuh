@@ -103,8 +103,8 @@ class BackwardPass {
       if (wanted(d, 1)) {
         const Tensor h_prev = empty({l.rows, l.P}, l.dtype, x);
         const PreviousRows<S> rows{p.direction[d].steps, l.P, p.direction[d].y, p.direction[d].h0, data<S>(h_prev)};
-        launch(previous_rows<S>, {.grid = {unsigned(std::min<int64_t>(l.T, 4096))}, .threads = row_threads}, stream,
-               rows);
+        const Grid grid{unsigned(std::min<int64_t>(l.T, 4096)), unsigned(std::min<int64_t>(l.N, 64))};
+        launch(previous_rows<S>, {.grid = grid, .threads = row_threads}, stream, rows);
         multiply<Math>(dw[1], transposed(drh_d), h_prev);
       }
       if (l.bias && wanted(d, 2)) sum_rows(dw[2], dwx_d);

@@ -12,34 +12,63 @@
 namespace fusedrnn::cuda {
 
 constexpr int cluster_threads = cluster_warps * warp_size;
-using ClusterPlace = Place<cluster_columns, 1>;
+template <int apart>
+using ClusterPlace = Place<cluster_columns, 1, apart>;
 
-FUSEDRNN_DEVICE ClusterPlace cluster_place(int groups) {
+template <int apart>
+FUSEDRNN_DEVICE ClusterPlace<apart> cluster_place(int groups) {
   const Grid block = block_index();
-  return {int(block.z), groups, int64_t(block.x) * groups * units, int64_t(block.y) * cluster_columns};
+  return {int(block.z), groups, int(block.x) * groups * units, int(block.y) * cluster_columns};
 }
 
-// Where the block's own message goes, and where it finds the others'.
+// Divides numbers below 2^16 / by, faster than a division.
+class Divisor {
+ public:
+  FUSEDRNN_DEVICE explicit Divisor(int by) : inverse_((65536 + by - 1) / by) {}
+  FUSEDRNN_DEVICE int divide(int n) const { return n * inverse_ >> 16; }
+
+ private:
+  int inverse_;
+};
+
+// Where the block's own message goes, and where it finds the others'. A block that is alone meets its threads instead.
 class Inbox {
  public:
-  FUSEDRNN_DEVICE Inbox() : mailboxes_(reinterpret_cast<Mailbox*>(shared_memory())) {
+  FUSEDRNN_DEVICE explicit Inbox(int blocks)
+      : mailboxes_(reinterpret_cast<Mailbox*>(shared_memory())), alone_(blocks == 1) {
     if (thread_index() < 2) open(mailboxes_ + thread_index());
   }
   // Which of the two buffers.
   FUSEDRNN_DEVICE int buffer() const { return int(messages_ % 2); }
-  FUSEDRNN_DEVICE const Mailbox* mailbox() const { return mailboxes_ + buffer(); }
   // The next message, of so many bytes, goes to the other buffer.
   FUSEDRNN_DEVICE void expect(int64_t bytes) {
     ++messages_;
-    if (thread_index() == 0) cuda::expect(mailboxes_ + buffer(), uint32_t(bytes));
+    if (!alone_ && thread_index() == 0) cuda::expect(mailboxes_ + buffer(), uint32_t(bytes));
   }
   FUSEDRNN_DEVICE void receive() const {
-    if (messages_) wait_for(mailbox(), (messages_ - 1) / 2);
+    if (alone_)
+      sync_block();
+    else if (messages_)
+      wait_for(mailboxes_ + buffer(), (messages_ - 1) / 2);
+  }
+  // A part of the message, to the same place in another block or in this one.
+  FUSEDRNN_DEVICE void send(const Vector& v, Vector* to, int block) const {
+    if (alone_)
+      *to = v;
+    else
+      cuda::send(v, to, mailboxes_ + buffer(), block);
+  }
+  FUSEDRNN_DEVICE void send(float a, float b, float* to, int block) const {
+    if (alone_)
+      to[0] = a, to[1] = b;
+    else
+      cuda::send(a, b, to, mailboxes_ + buffer(), block);
   }
 
  private:
   Mailbox* mailboxes_;
   uint32_t messages_ = 0;
+  bool alone_;
 };
 
 template <class T>
@@ -61,7 +90,7 @@ forward_cluster(const Forward<typename Math::Storage> p) {
     using S = typename Math::Storage;
     constexpr int gates = Cell::gates;
     const ClusterShape& shape = p.cluster;
-    const ClusterPlace at = cluster_place(shape.groups);
+    const auto at = cluster_place<sums_apart>(shape.groups);
     const auto& d = p.direction[at.direction];
     const int own = shape.groups * units, warp = thread_index() / warp_size, lane = thread_index() % warp_size;
     const int m_warp = warp / shape.k_warps, k_warp = warp % shape.k_warps;
@@ -69,9 +98,10 @@ forward_cluster(const Forward<typename Math::Storage> p) {
     Vector* const h = shared_at<Vector>(shape.inbox);  // [2, k_blocks, 32], as the lanes read it
     S* const outbox = shared_at<S>(shape.outbox);      // [columns, own]
     float* const sums = shared_at<float>(shape.sums);  // [k_warps, columns, gates, own], padded
-    const int pitch = sums_pitch(shape.groups, gates);
+    const int pitch = sums_pitch(shape.groups, gates), own_vectors = own / Math::vector;
+    const Divisor by_own_vectors(own_vectors);
 
-    Inbox inbox;
+    Inbox inbox(shape.blocks);
 #pragma unroll 1
     for (int i = thread_index(); i < inbox_vectors; i += block_threads()) {
       const int64_t n = at.row + i % warp_size / 4, k = i / warp_size * Math::k + Math::k_of(i);
@@ -84,12 +114,11 @@ forward_cluster(const Forward<typename Math::Storage> p) {
     const WarpWeights<Math, gates, near_blocks(gates), 1> weights(
         shared_at<Vector>(shape.far) + warp * shape.far_blocks * shape.tiles * 2 * warp_size, gates, blocks,
         [&](int g, int half, int i) {
-          const int64_t unit = at.unit + m_warp * units + half * 8 + lane / 4;
+          const int unit = at.unit + m_warp * units + half * 8 + lane / 4;
           const int k = (k_warp + i * shape.k_warps) * Math::k + Math::k_of(lane);
-          if (unit >= p.H || k >= d.w_hh.row) return Vector{};
-          return Math::prepare(load(d.w_hh.at(g * p.H + unit) + k));
+          return Math::prepare(load_if(unit < p.H && k < d.w_hh.row, d.w_hh.at(g * p.H + unit) + k));
         });
-    ForwardCells<Cell, S, ClusterPlace> cells(p, d, at, p.range.first);
+    ForwardCells<Cell, S, ClusterPlace<sums_apart>> cells(p, d, at, p.range.first);
     sync_cluster();
 
     for (int64_t s = p.range.first; s < p.range.last; ++s) {
@@ -130,13 +159,12 @@ forward_cluster(const Forward<typename Math::Storage> p) {
 #pragma unroll 1
       for (int to = warp; to < shape.blocks; to += shape.warps()) {
 #pragma unroll 1
-        for (int i = lane; i < own / Math::vector * cluster_columns; i += warp_size) {
-          const int column = i % cluster_columns, m = i / cluster_columns * Math::vector;
-          const int k = int(at.unit) + m;
+        for (int i = lane; i < own_vectors * cluster_columns; i += warp_size) {
+          const int column = by_own_vectors.divide(i), m = (i - column * own_vectors) * Math::vector, k = at.unit + m;
           if (column >= columns || k >= p.H) continue;
           Vector* slot = h + inbox.buffer() * inbox_vectors + k / Math::k * block_vectors + column * 4 +
                          k % Math::k / Math::vector;
-          send(Math::prepare(load(outbox + column * own + m)), slot, inbox.mailbox(), to);
+          inbox.send(Math::prepare(load(outbox + column * own + m)), slot, to);
         }
       }
       cells.fetch(s + 1);
@@ -156,15 +184,17 @@ backward_cluster(const Backward<typename Math::Storage> p) {
     using S = typename Math::Storage;
     constexpr int gates = Cell::gates, tiles = backward_tiles;
     const ClusterShape& shape = p.cluster;
-    const ClusterPlace at = cluster_place(shape.groups);
+    const auto at = cluster_place<1>(shape.groups);
     const auto& d = p.direction[at.direction];
     const int own = shape.groups * units, warp = thread_index() / warp_size, lane = thread_index() % warp_size;
     const int rank = int(block_index().x), groups_of_all = int((p.H + units - 1) / units);
-    const int inbox_floats = shape.blocks * own * partial_pitch, outbox_vectors = shape.k_blocks * warp_size;
-    float* const parts = shared_at<float>(shape.inbox);      // [2, blocks, own, columns], padded: of dh
+    const int own_floats = own * cluster_columns, inbox_floats = shape.blocks * own_floats;
+    const int outbox_vectors = shape.k_blocks * warp_size;
+    const Divisor by_groups(shape.groups);
+    float* const parts = shared_at<float>(shape.inbox);      // [2, blocks, own, columns], see partial_place: of dh
     Vector* const outbox = shared_at<Vector>(shape.outbox);  // [2, k_blocks, 32], as the lanes read it: drh
 
-    Inbox inbox;
+    Inbox inbox(shape.blocks);
     clear(outbox, shared_at<Vector>(shape.sums));
     const int64_t gate_width = d.w_hh_gates.row / gates;
     // The warp's tiles of 16 rows are warp, warp + m_warps, ...
@@ -172,10 +202,10 @@ backward_cluster(const Backward<typename Math::Storage> p) {
     const WarpWeights<Math, tiles, near_blocks(tiles), 1> weights(
         shared_at<Vector>(shape.far) + warp * shape.far_blocks * shape.tiles * 2 * warp_size, count, shape.k_blocks,
         [&](int m, int half, int i) {
-          const int64_t row = (warp + m * shape.m_warps) * units + half * 8 + lane / 4;
-          const int k = i * Math::k + Math::k_of(lane), g = k / own, unit = int(at.unit) + k % own;
-          if (row >= p.H || g >= gates || unit >= gate_width) return Vector{};
-          return Math::prepare(load(d.w_hh_gates.at(row) + g * gate_width + unit));
+          const int row = (warp + m * shape.m_warps) * units + half * 8 + lane / 4;
+          const int k = i * Math::k + Math::k_of(lane), g = k / own, unit = at.unit + k % own;
+          return Math::prepare(
+              load_if(row < p.H && g < gates && unit < gate_width, d.w_hh_gates.at(row) + g * gate_width + unit));
         });
     const int64_t first = p.range.first, last = p.range.last - 1;
     const auto put = [&](Vector* drh, const Element& e, int g, S gradient) {
@@ -185,7 +215,7 @@ backward_cluster(const Backward<typename Math::Storage> p) {
     };
     // If there is a step after the last, another launch has done it and left its drh.
     const int64_t start = at.row < d.steps.batch(last + 1) ? last + 1 : last;
-    BackwardCells<Cell, S, ClusterPlace> cells(p, d, at, start);
+    BackwardCells<Cell, S, ClusterPlace<1>> cells(p, d, at, start);
     sync_cluster();
 
     for (int64_t s = start; s >= first; --s) {
@@ -201,7 +231,7 @@ backward_cluster(const Backward<typename Math::Storage> p) {
         const float dh = cells.dh(e, [&] {
           float sum = 0;
           for (int from = 0; from < shape.blocks; ++from)
-            sum += dh_parts[(from * own + e.m) * partial_pitch + e.column];
+            sum += dh_parts[from * own_floats + partial_place(e.m, e.column)];
           return sum;
         });
         if (e.n >= cells.batch) {
@@ -220,13 +250,13 @@ backward_cluster(const Backward<typename Math::Storage> p) {
       weights.multiply(c, [&](int i, Vector(&b)[1][1]) { b[0][0] = Math::prepare(drh[i * warp_size + lane]); });
 #pragma unroll
       for (int m = 0; m < tiles; ++m) {
-        const int tile = warp + m * shape.m_warps, to = tile / shape.groups;
+        const int tile = warp + m * shape.m_warps, to = by_groups.divide(tile), group = tile - to * shape.groups;
+        float* const part = parts + inbox.buffer() * inbox_floats + rank * own_floats + partial_place(group * units, 0);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const int unit = tile * units + half * 8 + lane / 4, column = 2 * (lane % 4);
-          if (m >= count || unit >= p.H || column >= columns) continue;
-          float* slot = parts + inbox.buffer() * inbox_floats + (rank * own + unit - to * own) * partial_pitch + column;
-          send(c[m][0][2 * half], c[m][0][2 * half + 1], slot, inbox.mailbox(), to);
+          const int unit = half * 8 + lane / 4, column = 2 * (lane % 4);
+          if (m >= count || tile * units + unit >= p.H || column >= columns) continue;
+          inbox.send(c[m][0][2 * half], c[m][0][2 * half + 1], part + partial_place(unit, column), to);
         }
       }
       cells.fetch(s - 1);

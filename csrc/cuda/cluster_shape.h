@@ -27,10 +27,15 @@ struct ClusterShape {
   constexpr int warps() const { return m_warps * k_warps; }
 };
 
-// Floats of one unit in a backward inbox: no bank conflicts when 16 units of two batch entries are read.
-constexpr int partial_pitch = cluster_columns + 2;
+// Where dh of unit m and a batch entry is in a backward inbox. Pairs of entries change places, so that 16 units of two
+// entries of a pair are read without bank conflicts.
+constexpr int partial_place(int m, int column) {
+  return m * cluster_columns + ((column / 2) ^ (m / 4 % 4)) * 2 + column % 2;
+}
 
-// Floats between the sums of neighbouring batch entries: no bank conflicts when lanes store them.
+// Floats between the sums of neighbouring batch entries: no bank conflicts when lanes store them, nor when 16 units of
+// two entries that are sums_apart are read.
 constexpr int sums_pitch(int groups, int gates) { return 16 * groups * gates + 4; }
+constexpr int sums_apart = 4;
 
 }  // namespace fusedrnn::cuda

@@ -92,7 +92,7 @@ FUSEDRNN_DEVICE void sync_block() { __syncthreads(); }
 
 // The block's shared memory, Launch::shared_bytes of it.
 FUSEDRNN_DEVICE unsigned char* shared_memory() {
-  extern __shared__ __align__(16) unsigned char memory[];
+  extern __shared__ __align__(32) unsigned char memory[];
   return memory;
 }
 
@@ -100,6 +100,10 @@ FUSEDRNN_DEVICE Vector load(const void* p) {
   const uint4 v = *static_cast<const uint4*>(p);
   return {v.x, v.y, v.z, v.w};
 }
+__device__ const Vector no_vector[1] = {};
+// Zeros where nothing is. A branch would end only when the load does; without one, all that a thread loads is under way
+// together.
+FUSEDRNN_DEVICE Vector load_if(bool exists, const void* p) { return load(exists ? p : no_vector); }
 // From L2, where other blocks' stores arrive: for what is written while the kernel runs.
 FUSEDRNN_DEVICE Vector load_l2(const void* p) {
   const uint4 v = __ldcg(static_cast<const uint4*>(p));
@@ -108,7 +112,7 @@ FUSEDRNN_DEVICE Vector load_l2(const void* p) {
 
 // Adds 1 to the counter; whoever waits for it sees all that this thread wrote or saw (by sync_block) before.
 FUSEDRNN_DEVICE void signal(uint32_t* counter) {
-  asm volatile("fence.acq_rel.gpu;\n\tred.relaxed.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
+  asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
 }
 // Until the counter has reached the target (modulo 2^32).
 FUSEDRNN_DEVICE void wait_for(const uint32_t* counter, uint32_t target) {
@@ -155,16 +159,18 @@ FUSEDRNN_DEVICE void expect(Mailbox* mailbox, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(mailbox)), "r"(bytes)
                : "memory");
 }
+// What is waited for is in shared memory, so this acquires nothing beyond the block: at the cluster's scope every
+// thread would empty the first-level cache.
 FUSEDRNN_DEVICE void wait_for(const Mailbox* mailbox, uint32_t message) {
   asm volatile(
       "{\n\t.reg .pred there;\n"
-      "again:\n\tmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 there, [%0], %1;\n\t@!there bra "
+      "again:\n\tmbarrier.try_wait.parity.shared::cta.b64 there, [%0], %1;\n\t@!there bra "
       "again;\n\t}" ::"r"(shared_address(mailbox)),
       "r"(message % 2)
       : "memory");
 }
 
-// Writes to the same place `to` in another block of the cluster, whose mailbox counts it.
+// Writes to the same place `to` in a block of a cluster of several, whose mailbox counts it.
 FUSEDRNN_DEVICE void send(const Vector& v, Vector* to, const Mailbox* mailbox, int block) {
   asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
                    shared_address(to, block)),

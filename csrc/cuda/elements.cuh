@@ -11,24 +11,26 @@ constexpr int units = 16;  // a group of hidden units, side by side in a half of
 
 // An element: the unit and the batch entry, the same counted from the block's corner, and its number in the thread.
 struct Element {
-  int64_t unit, n;
+  int unit, n;
   int m, column, i;
 };
 
 // What a block computes: `groups` of 16 units (or outputs of the projection) from `unit`, `columns` entries of the
-// batch from `row`; at most `count` elements a thread.
-template <int columns, int count_>
+// batch from `row`; at most `count` elements a thread. The halves of a warp have batch entries that are `apart`.
+template <int columns, int count_, int apart>
 struct Place {
+  static_assert(apart == 1 || apart == 4);
   static constexpr int count = count_;
   int direction, groups;
-  int64_t unit, row;
+  int unit, row;
 
   // Calls f(element) for the thread's elements with unit < units_end and n < rows_end.
   template <class F>
-  FUSEDRNN_DEVICE void each(int64_t units_end, int64_t rows_end, F f) const {
+  FUSEDRNN_DEVICE void each(int units_end, int rows_end, F f) const {
 #pragma unroll
     for (int i = 0; i < count; ++i) {
-      const int e = thread_index() + i * block_threads(), column = e / units % columns;
+      const int e = thread_index() + i * block_threads(), j = e / units % columns;
+      const int column = j / 8 * 8 + j % 2 * apart + j % 8 / 2 * (apart == 1 ? 2 : 1);
       const int m = e / (units * columns) * units + e % units;
       if (m < groups * units && unit + m < units_end && row + column < rows_end)
         f(Element{unit + m, row + column, m, column, i});
@@ -79,8 +81,9 @@ struct ForwardCells {
 
   // Loads what a step needs beside h: to be called before its h is waited for.
   FUSEDRNN_DEVICE void fetch(int64_t step) {
-    s = step, batch = int(d.steps.batch(s)), next_batch = int(d.steps.batch(s + 1));
-    first_row = batch ? d.steps.first_row(s) : 0;
+    int64_t bound[3];
+    d.steps.bounds(step, bound);
+    s = step, first_row = Steps::first_row(bound), batch = Steps::batch(bound), next_batch = Steps::batch(bound + 1);
     at.each(p.H, batch, [&](const Element& e) {
 #pragma unroll
       for (int g = 0; g < gates; ++g) wx[e.i][g] = d.wx.at(first_row + e.n)[g * p.H + e.unit];
@@ -131,7 +134,8 @@ struct BackwardCells {
   const Backward<S>& p;
   const BackwardDirection<S>& d;
   const Place& at;
-  int64_t s, first_row, batch, next_batch, rows;  // of the step that was fetched; those that it concerns
+  int64_t s, first_row;         // of the step that was fetched
+  int batch, next_batch, rows;  // the last: those that it concerns
   struct {
     S saved[Cell::saved + 1], h, h_prev, dy;
     A c, c_prev, dcells;
@@ -157,10 +161,12 @@ struct BackwardCells {
 
   // Loads what a step needs beside the next one's drh: to be called before that is waited for.
   FUSEDRNN_DEVICE void fetch(int64_t step) {
-    s = step, batch = d.steps.batch(s), next_batch = d.steps.batch(s + 1);
-    rows = batch > next_batch ? batch : next_batch;
-    first_row = batch ? d.steps.first_row(s) : 0;
-    const int64_t known = d.steps.batch(s - 1), row_before = known ? d.steps.first_row(s - 1) : 0;
+    int64_t bound[4];
+    d.steps.bounds(step - 1, bound);
+    const int known = Steps::batch(bound);
+    const int64_t row_before = Steps::first_row(bound);
+    s = step, first_row = Steps::first_row(bound + 1), batch = Steps::batch(bound + 1);
+    next_batch = Steps::batch(bound + 2), rows = batch > next_batch ? batch : next_batch;
     at.each(p.P, batch, [&](const Element& e) {
       if (d.dy) of[e.i].dy = d.dy.at(first_row + e.n)[e.unit];
     });

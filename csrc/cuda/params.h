@@ -17,12 +17,28 @@ struct Steps {
   const int64_t* offset;  // [T + 1], the first row of each time step; null: every step has N rows
   bool reverse;
 
-  FUSEDRNN_DEVICE int64_t time(int64_t s) const { return reverse ? T - 1 - s : s; }
-  FUSEDRNN_DEVICE int64_t first_row(int64_t s) const { return offset ? offset[time(s)] : time(s) * N; }
-  // Rows of step s; none before the first and after the last.
-  FUSEDRNN_DEVICE int64_t batch(int64_t s) const {
-    if (s < 0 || s >= T) return 0;
-    return offset ? offset[time(s) + 1] - offset[time(s)] : N;
+  // Rows that steps s, s + 1, ... lie between: s those from of[0] to of[1], or in reverse from of[1] to of[0]. Steps
+  // before the first and after the last have none. All loads are under way together.
+  template <int count>
+  FUSEDRNN_DEVICE void bounds(int64_t s, int64_t (&of)[count]) const {
+    for (int i = 0; i < count; ++i) {
+      const int64_t after = s + i < 0 ? 0 : s + i > T ? T : s + i;
+      of[i] = reverse ? T - after : after;
+    }
+    for (int64_t& bound : of) bound = offset ? offset[bound] : bound * N;
+  }
+  FUSEDRNN_DEVICE static int64_t first_row(const int64_t* of) { return of[0] < of[1] ? of[0] : of[1]; }
+  FUSEDRNN_DEVICE static int batch(const int64_t* of) { return int(of[0] < of[1] ? of[1] - of[0] : of[0] - of[1]); }
+
+  FUSEDRNN_DEVICE int64_t first_row(int64_t s) const {
+    int64_t of[2];
+    bounds(s, of);
+    return first_row(of);
+  }
+  FUSEDRNN_DEVICE int batch(int64_t s) const {
+    int64_t of[2];
+    bounds(s, of);
+    return batch(of);
   }
 };
 

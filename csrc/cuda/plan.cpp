@@ -7,7 +7,8 @@ namespace fusedrnn::cuda {
 namespace {
 
 constexpr int block_warps = 8, block_units = 16;
-constexpr int64_t vector_bytes = 16, fragment_bytes = 1024;  // 16 rows of one block of k
+constexpr int64_t vector_bytes = 16, inbox_alignment = 32;  // what other blocks' stores should fill is 32 bytes
+constexpr int64_t fragment_bytes = 1024;                    // 16 rows of one block of k
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -39,7 +40,7 @@ ClusterShape cluster_shape(const PlanRequest& r, int64_t blocks) {
     c.m_warps = std::max(int(ceil_div(groups_of_all, c.tiles)), c.groups * group_warps), c.k_warps = 1;
     c.k_blocks = int(ceil_div(r.gates * c.groups * block_units, k_block(r)));
     c.far_blocks = c.k_blocks - near_blocks(backward_tiles);
-    inbox = 2 * c.blocks * c.groups * block_units * partial_pitch * int64_t(sizeof(float));
+    inbox = 2 * c.blocks * c.groups * block_units * cluster_columns * int64_t(sizeof(float));
     outbox = 2 * c.k_blocks * (fragment_bytes / 2);
   } else {
     c.tiles = r.gates, c.m_warps = c.groups;
@@ -51,7 +52,7 @@ ClusterShape cluster_shape(const PlanRequest& r, int64_t blocks) {
     sums = c.k_warps * cluster_columns * sums_pitch(c.groups, r.gates) * int64_t(sizeof(float));
   }
   c.far_blocks = std::max(c.far_blocks, 0);
-  c.inbox = vector_bytes, c.outbox = c.inbox + inbox, c.sums = c.outbox + outbox, c.far = c.sums + sums;
+  c.inbox = inbox_alignment, c.outbox = c.inbox + inbox, c.sums = c.outbox + outbox, c.far = c.sums + sums;
   c.shared_bytes = c.far + c.warps() * c.far_blocks * c.tiles * fragment_bytes;
   return c;
 }

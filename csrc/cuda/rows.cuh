@@ -34,16 +34,17 @@ template <class S>
 FUSEDRNN_KERNEL(row_threads)
 previous_rows(const PreviousRows<S> p) {
   for (int64_t s = block_index().x; s < p.steps.T; s += grid_size().x) {
-    const int64_t known = p.steps.batch(s - 1), row = p.steps.first_row(s),
-                  row_before = s ? p.steps.first_row(s - 1) : 0;
-    for (int64_t i = thread_index(); i < p.steps.batch(s) * p.P; i += row_threads) {
-      const int64_t n = i / p.P, unit = i % p.P;
-      S h{};
-      if (n < known)
-        h = p.y.at(row_before + n)[unit];
-      else if (p.h0)
-        h = p.h0[i];
-      p.h_prev[row * p.P + i] = h;
+    const int known = p.steps.batch(s - 1), batch = p.steps.batch(s);
+    const int64_t row = p.steps.first_row(s), row_before = p.steps.first_row(s - 1);
+    for (int64_t n = block_index().y; n < batch; n += grid_size().y) {
+      for (int64_t unit = thread_index(); unit < p.P; unit += row_threads) {
+        S h{};
+        if (n < known)
+          h = p.y.at(row_before + n)[unit];
+        else if (p.h0)
+          h = p.h0[n * p.P + unit];
+        p.h_prev[(row + n) * p.P + unit] = h;
+      }
     }
   }
 }

@@ -12,13 +12,15 @@ namespace fusedrnn::cuda {
 class Meeting {
  public:
   FUSEDRNN_DEVICE explicit Meeting(uint32_t* arrivals) : counter_(arrivals + block_index().y * counter_pitch) {}
-  FUSEDRNN_DEVICE void meet() {
+  FUSEDRNN_DEVICE void meet() { arrive(), wait(); }
+  // Loads that don't depend on the others come best between these two: those before are waited for in arrive().
+  FUSEDRNN_DEVICE void arrive() {
     target_ += grid_size().x;
     sync_block();
-    if (thread_index() == 0) {
-      signal(counter_);
-      wait_for(counter_, target_);
-    }
+    if (thread_index() == 0) signal(counter_);
+  }
+  FUSEDRNN_DEVICE void wait() const {
+    if (thread_index() == 0) wait_for(counter_, target_);
     sync_block();
   }
 
@@ -30,11 +32,11 @@ class Meeting {
 FUSEDRNN_DEVICE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 template <class Tile>
-using TilePlace = Place<Tile::columns, (units * Tile::columns + block_size - 1) / block_size>;
+using TilePlace = Place<Tile::columns, (units * Tile::columns + block_size - 1) / block_size, sums_apart>;
 template <class Tile>
 FUSEDRNN_DEVICE TilePlace<Tile> place() {
   const Grid block = block_index();
-  return {int(block.z), 1, int64_t(block.x) * units, int64_t(block.y) * Tile::columns};
+  return {int(block.z), 1, int(block.x) * units, int(block.y) * Tile::columns};
 }
 
 // The block's shared memory: the partial sums, then the weights that stay and are too many for registers.
@@ -138,8 +140,9 @@ forward_kernel(const Forward<typename Math::Storage> p) {
     if (p.range.recurrence && p.range.projection) meeting.meet();
     if (p.range.projection) Step::projection(p, d, at, cells);
     if (s + 1 < p.range.last) {
+      meeting.arrive();
       cells.fetch(s + 1);
-      meeting.meet();
+      meeting.wait();
     }
   }
   cells.store();
@@ -224,8 +227,9 @@ backward_kernel(const Backward<typename Math::Storage> p) {
     if (p.range.recurrence && p.range.projection) meeting.meet();
     if (p.range.projection) Step::projection(p, d, at, cells);
     if (s > p.range.first) {
+      meeting.arrive();
       cells.fetch(s - 1);
-      meeting.meet();
+      meeting.wait();
     }
   }
   cells.store();

@@ -5,6 +5,7 @@
 // block's warps divide k (and b's rows, if there are many); each leaves its partial sums in shared memory.
 #pragma once
 
+#include "cluster_shape.h"
 #include "weights.cuh"
 
 namespace fusedrnn::cuda {
@@ -67,7 +68,7 @@ struct Tile {
   using A = Accumulator<S>;
   static constexpr int rows = 16 * m_tiles, columns = 8 * n_tiles * n_warps;
   static constexpr int k_warps = block_warps / n_warps;
-  static constexpr int pitch = rows + 4;  // no bank conflicts when lanes store their sums
+  static constexpr int pitch = sums_pitch(1, m_tiles);
   static constexpr int64_t sums_bytes = int64_t(sizeof(A)) * k_warps * columns * pitch;
 
   // a where it stays on the chip. Warps that have the same k write the same to shared memory.
@@ -75,9 +76,10 @@ struct Tile {
   template <class RowOfA>
   FUSEDRNN_DEVICE static Weights keep(Vector* far, RowOfA a_row, int64_t K) {
     const int far_blocks = int((K + Math::k - 1) / Math::k + k_warps - 1) / k_warps - Weights::in_registers;
-    return Weights(
-        far + k_warp() * (far_blocks > 0 ? far_blocks : 0) * m_tiles * 2 * warp_size, m_tiles, blocks(K),
-        [&](int m, int half, int i) { return load_row<false>(a_row(16 * m + 8 * half + lane() / 4), k_of(i), K); });
+    return Weights(far + k_warp() * (far_blocks > 0 ? far_blocks : 0) * m_tiles * 2 * warp_size, m_tiles, blocks(K),
+                   [&](int m, int half, int i) {
+                     return Math::prepare(load_if(k_of(i) < K, a_row(16 * m + 8 * half + lane() / 4) + k_of(i)));
+                   });
   }
 
   // Leaves the product's partial sums in `sums`; the block has to meet before they are read. a is what keep() gave, or

@@ -12,8 +12,8 @@ class WarpWeights {
  public:
   static constexpr int in_registers = near;
 
-  // lane_part(tile, half, i) is the lane's part of a row of the i-th block; `far` is the warp's shared memory,
-  // 2 count 32 vectors for a block.
+  // lane_part(tile, half, i) is the lane's part of a row of the i-th block, zeros beyond `count` and `blocks`; `far` is
+  // the warp's shared memory, 2 count 32 vectors for a block.
   template <class Part>
   FUSEDRNN_DEVICE WarpWeights(Vector* far, int count, int blocks, Part lane_part)
       : far_(far + thread_index() % warp_size), count_(count), blocks_(blocks) {
@@ -22,8 +22,7 @@ class WarpWeights {
 #pragma unroll
       for (int m = 0; m < tiles; ++m) {
 #pragma unroll
-        for (int half = 0; half < 2; ++half)
-          near_[i][m][half] = i < blocks && m < count ? lane_part(m, half, i) : Vector{};
+        for (int half = 0; half < 2; ++half) near_[i][m][half] = lane_part(m, half, i);
       }
     }
 #pragma unroll 1
