@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence
 
 from . import ops
-from .errors import ARGUMENT_ERRORS, in_torch_words, pair
+from .errors import ARGUMENT_ERRORS, check_stored, in_torch_words, pair
 from .layer import layer
 from .network import States, network
 from .ops import autocast_enabled
@@ -71,6 +71,38 @@ class FusedBase(torch.nn.RNNBase):
     def _weights_by_name(self) -> Sequence[Tensor]:
         return [getattr(self, name) for name in self._flat_weights_names]
 
+    def _plain(self, input: Any, h0: Tensor | None, c0: Tensor | None) -> tuple[Any, ...] | None:
+        """The output, h_n and the LSTM's c_n of the plain case, in as few Python steps as it takes: one layer on a
+        batch or a PackedSequence. The op checks the arguments. None for other cases."""
+        if self.num_layers != 1 or autocast_enabled() or ranges_enabled() or _is_compiling():
+            return None
+        if type(input) is Tensor and input.dim() == 3 and not input.is_nested:
+            x = input.transpose(0, 1) if self.batch_first else input
+            if not x.shape[0]:
+                return None
+            y, *states = self._layer(x, h0, c0, None)
+            return y.transpose(0, 1) if self.batch_first else y, *states
+        if type(input) is not PackedSequence:
+            return None
+        x, batch_sizes, order, back = input
+        check_stored(h0, c0, order, back)
+        if order is not None:
+            h0, c0 = (None if s is None else s.index_select(1, order) for s in (h0, c0))
+        y, *states = self._layer(x, h0, c0, batch_sizes)
+        if back is not None:
+            if back.shape[0] != states[0].shape[1]:
+                raise RuntimeError(f"Expected unsorted_indices of {states[0].shape[1]} entries, got {back.shape[0]}")
+            states = [s.index_select(1, back) for s in states]
+        return PackedSequence(y, batch_sizes, order, back), *states
+
+    def _layer(self, x: Tensor, h0: Tensor | None, c0: Tensor | None, batch_sizes: Tensor | None) -> Sequence[Tensor]:
+        cell, directions, weights = CELL[self.mode], 2 if self.bidirectional else 1, self._weights()
+        if _is_grad_enabled() or forward_ad._current_level >= 0:
+            result = layer(cell, x, h0, c0, weights, batch_sizes, directions, False, self.recompute)
+        else:
+            result = ops.infer(cell, x, h0, c0, weights, batch_sizes, directions)
+        return result[: 3 if cell == "lstm" else 2]
+
     def _network(
         self, input: Any, hx: Any, lengths: Lengths | None, reset: Tensor | None, every_c: bool = False
     ) -> tuple[tuple[Any, ...], States]:
@@ -95,29 +127,8 @@ class _OneState(FusedBase):
 
     def _run(self, input: Any, hx: Tensor | None, lengths: Lengths | None, reset: Tensor | None) -> tuple[Any, Tensor]:
         try:
-            # The plain case in as few Python steps as it takes; the op checks the arguments.
-            if (
-                type(input) is Tensor
-                and self.num_layers == 1
-                and input.dim() == 3
-                and not input.is_nested
-                and lengths is None
-                and reset is None
-                and not autocast_enabled()
-                and not ranges_enabled()
-                and not _is_compiling()
-            ):
-                x = input.transpose(0, 1) if self.batch_first else input
-                if x.shape[0]:
-                    directions = 2 if self.bidirectional else 1
-                    cell = CELL[self.mode]
-                    weights = self._weights()
-                    if _is_grad_enabled() or forward_ad._current_level >= 0:
-                        result = layer(cell, x, hx, None, weights, None, directions, False, self.recompute)
-                    else:
-                        result = ops.infer(cell, x, hx, None, weights, None, directions)
-                    y = result[0]
-                    return (y.transpose(0, 1) if self.batch_first else y), result[1]
+            if lengths is None and reset is None and (result := self._plain(input, hx, None)):
+                return result[0], result[1]
             (output,), (h_n,) = self._network(input, hx, lengths, reset)
             return output, h_n
         except ARGUMENT_ERRORS as error:
@@ -326,30 +337,10 @@ class LSTM(FusedBase):
         """Runs the network; arguments, results and errors are torch.nn's (see the class), and ``lengths``,
         ``reset`` and ``return_cell_states`` those of :func:`fusedrnn.functional.lstm`."""
         try:
-            if (  # as in _OneState
-                type(input) is Tensor
-                and self.num_layers == 1
-                and input.dim() == 3
-                and not input.is_nested
-                and lengths is None
-                and reset is None
-                and not return_cell_states
-                and not autocast_enabled()
-                and not ranges_enabled()
-                and not _is_compiling()
-            ):
-                x = input.transpose(0, 1) if self.batch_first else input
-                if x.shape[0]:
-                    h0, c0 = pair(hx)
-                    directions = 2 if self.bidirectional else 1
-                    weights = self._weights()
-                    if _is_grad_enabled() or forward_ad._current_level >= 0:
-                        result = layer("lstm", x, h0, c0, weights, None, directions, False, self.recompute)
-                    else:
-                        result = ops.infer("lstm", x, h0, c0, weights, None, directions)
-                    y = result[0]
-                    return (y.transpose(0, 1) if self.batch_first else y), (result[1], result[2])
-            pair(hx)
+            h0, c0 = pair(hx)
+            plain = lengths is None and reset is None and not return_cell_states
+            if plain and (result := self._plain(input, h0, c0)):
+                return result[0], (result[1], result[2])
             outputs, (h_n, c_n) = self._network(input, hx, lengths, reset, return_cell_states)
             output, *cell_states = outputs
             return output, (h_n, c_n), *cell_states

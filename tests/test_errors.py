@@ -302,16 +302,16 @@ def test_unknown_nonlinearity_of_a_cell():
 # ---- what torch itself would crash on ------------------------------------------------------------
 
 
-@pytest.mark.parametrize("what", ["input", "packed", "nested", "hx", "weight"])
+@pytest.mark.parametrize("what", ["input", "data", "sorted_indices", "unsorted_indices", "nested", "hx", "weight"])
 @pytest.mark.parametrize("options", [{}, {"recompute": True}, {"num_layers": 2}], ids=str)
 @pytest.mark.parametrize("name, kind", LAYERS)
 def test_storage_that_is_gone(name, kind, options, what):
     module = getattr(fusedrnn, name)(I, H, **options, **kind)
     x, hx = torch.randn(T, N, I), good(name == "LSTM", kind.get("proj_size", 0), rows=options.get("num_layers", 1))
     lost = {"hx": hx[0] if name == "LSTM" else hx, "weight": module.weight_hh_l0}.get(what, x)
-    if what == "packed":
+    if what in PackedSequence._fields:
         x = pack_sequence([torch.randn(n, I) for n in (2, 5, 4)], enforce_sorted=False)
-        lost = x.data
+        lost = getattr(x, what)
     elif what == "nested":
         x = torch.nested.nested_tensor([torch.randn(n, I) for n in (2, 5, 4)], layout=torch.jagged)
         lost = x.values()
@@ -328,6 +328,17 @@ def test_packed_data_that_is_not_dense(name, kind):
     for other in (data.to_sparse(), data.to_mkldnn()):
         with pytest.raises(RuntimeError):
             module(PackedSequence(other, sizes))
+
+
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2}], ids=str)
+@pytest.mark.parametrize("name, kind", LAYERS)
+def test_packed_order_of_another_batch(name, kind, options):
+    module = getattr(fusedrnn, name)(I, H, **options, **kind)
+    for entries in (2, 4):
+        order = torch.arange(entries)
+        packed = PackedSequence(torch.randn(9, I), torch.tensor([3, 3, 2, 1]), order, order)
+        with pytest.raises(RuntimeError, match=rf"\b{entries}\b"):
+            module(packed)
 
 
 def test_a_function_of_no_layers():
