@@ -99,7 +99,7 @@ def lstm(
             in time, after the step. With both, any device will do; from a GPU they are copied to
             the host, which waits for it.
         return_cell_states: also return c of every step, as is ``output`` for h.
-        recompute: train in less memory: keep the states at about sqrt(T) checkpoints instead of the
+        recompute: train in less memory: keep the states at sqrt(T) checkpoints or fewer instead of the
             gates of every step, and run the steps again in the backward pass. The same gradients
             (16-bit states are rounded at checkpoints), for one more forward pass.
 

@@ -1,9 +1,10 @@
 """Training in less memory: a layer that keeps its states at checkpoints and recomputes the gates.
 
-A direction runs in chunks of about sqrt(T) steps. Forward keeps the states at their beginnings and
-nothing else; backward runs a chunk again, this time keeping its gates, and takes its gradients before
-the next chunk's turn: there are never more gates than one chunk's. The second direction is the first
-one on sequences that are turned around.
+A direction runs in chunks of about sqrt(T) steps; of more, if their gates would take less memory than the
+weights, which every chunk reads. Forward keeps the states at their beginnings and nothing else;
+backward runs a chunk again, this time keeping its gates, and takes its gradients before the next
+chunk's turn: there are never more gates than one chunk's. The second direction is the first one on
+sequences that are turned around.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class RecomputedLayer(Layer):
         batch = _batch(x, batch_sizes)
         given = [x.new_zeros(directions, batch, w) if s is None else s for s, w in zip((h0, c0), widths, strict=False)]
         state = torch.cat(given, -1)
-        chunks = [_chunks(x, batch_sizes, d) for d in range(directions)]
+        chunks = [_chunks(x, batch_sizes, d, weights) for d in range(directions)]
         checkpoints = x.new_empty(directions, len(chunks[0]), *state.shape[1:])
         y = x.new_empty(*lead, directions * projected)
         cells = x.new_empty((lead.numel(), directions, hidden) if every_c else 0, dtype=_accumulator(x))
@@ -105,7 +106,7 @@ def _gradients(
     for d in range(directions):
         own, d_own = _of_direction(weights, d, directions), _of_direction(dweights, d, directions)
         mask = needs[0] | 2 | 4 | sum(8 << i for i, dw in enumerate(d_own) if dw is not None)
-        for k, chunk in reversed([*enumerate(_chunks(x, batch_sizes, d))]):
+        for k, chunk in reversed([*enumerate(_chunks(x, batch_sizes, d, weights))]):
             x_k = chunk.take(x)
             h, c = (*checkpoints[d : d + 1, k, : chunk.batch].split(widths, -1), None)[:2]
             y_k, _, _, *saved = ops.forward[cell](x_k, h, c, own, chunk.batch_sizes, 1, True, ops.tf32(x))
@@ -139,7 +140,7 @@ class _Chunk(NamedTuple):
         return t[self.rows] if isinstance(self.rows, slice) else t.index_select(0, self.rows)
 
 
-def _chunks(x: Tensor, batch_sizes: Tensor | None, direction: int) -> list[_Chunk]:
+def _chunks(x: Tensor, batch_sizes: Tensor | None, direction: int, weights: Sequence[Tensor]) -> list[_Chunk]:
     steps = x.shape[0] if batch_sizes is None else batch_sizes.numel()
     if batch_sizes is None:
         offsets = list(range(steps + 1))
@@ -147,7 +148,7 @@ def _chunks(x: Tensor, batch_sizes: Tensor | None, direction: int) -> list[_Chun
     else:
         offsets = [0, *batch_sizes.cumsum(0).tolist()]
         turned = _turned(batch_sizes).to(x.device) if direction else None
-    length = math.isqrt(max(steps - 1, 0)) + 1
+    length = _length(steps, x.shape[:-1].numel(), weights)
     chunks = []
     for begin in range(0, steps, length):
         end = min(begin + length, steps)
@@ -155,6 +156,12 @@ def _chunks(x: Tensor, batch_sizes: Tensor | None, direction: int) -> list[_Chun
         sizes = None if batch_sizes is None else batch_sizes[begin:end]
         chunks.append(_Chunk(rows if turned is None else turned[rows], sizes, _batch(x, sizes)))
     return chunks
+
+
+def _length(steps: int, rows: int, weights: Sequence[Tensor]) -> int:
+    """Steps of a chunk. The gates of so many rows as the weights have columns are as large as they."""
+    columns = weights[0].shape[1] + weights[1].shape[1]
+    return max(math.isqrt(max(steps - 1, 0)) + 1, columns * steps // max(rows, 1))
 
 
 def _turned(batch_sizes: Tensor) -> Tensor:

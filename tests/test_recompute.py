@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 import fusedrnn
+from fusedrnn import ops, recompute
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -90,7 +91,8 @@ def test_dtypes(name, dtype, device):
 
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 @pytest.mark.parametrize("name", ["lstm", "lstm_proj", "gru", "rnn_tanh"])
-def test_derivatives_of_both_orders(name, packed, device):
+def test_derivatives_of_both_orders(name, packed, device, monkeypatch):
+    monkeypatch.setattr(recompute, "_length", lambda *_: 2)
     module = module_of(name, device, bidirectional=True, recompute=True)
     x = torch.randn(4, 2, I, dtype=torch.float64, device=device, requires_grad=True)
     states = [s.requires_grad_() for s in states_of(module, 2)]
@@ -192,6 +194,18 @@ def test_less_memory(name, packed):
         return
     assert kept[1] < 0.5 * kept[0]
     assert most[1] < 0.8 * most[0]
+
+
+@pytest.mark.parametrize(
+    "steps, batch, width, chunks", [(100, 8, 5, 10), (100, 1, 64, 1), (100, 2, 32, 4), (1, 1, 9, 1)]
+)
+def test_chunks(steps, batch, width, chunks, monkeypatch):
+    """About sqrt(T) steps, but no fewer than have gates as large as the weights."""
+    calls = []
+    op = ops.forward["lstm"]
+    monkeypatch.setitem(ops.forward, "lstm", lambda *arguments: calls.append(arguments[0]) or op(*arguments))
+    fusedrnn.LSTM(width, width, recompute=True)(torch.randn(steps, batch, width))
+    assert len(calls) == chunks
 
 
 # ---- the option ----------------------------------------------------------------------------------
