@@ -38,8 +38,8 @@ MUTANTS = [
     ("no barrier before the sums are read", "stepwise.cuh", *swap(SUMS, "sync_block();", "")),
     ("no meeting between forward steps", "stepwise.cuh", MEETING.format("cells.fetch(s + 1);"), "cells.fetch(s + 1);"),
     ("no meeting between backward steps", "stepwise.cuh", MEETING.format("cells.fetch(s - 1);"), "cells.fetch(s - 1);"),
-    ("a meeting doesn't wait", "stepwise.cuh", "wait_for(counter_, target_);", ""),
-    ("a meeting doesn't signal", "stepwise.cuh", "signal(counter_);", ""),
+    ("a meeting doesn't wait", "stepwise.cuh", "wait_for(counter_, target_);", ";"),
+    ("a meeting doesn't signal", "stepwise.cuh", "signal(counter_);", ";"),
     ("h goes to the buffer that is being read", "stepwise.cuh", "d.h[(cells.s + 1) % 2].at", "d.h[cells.s % 2].at"),
     ("two operands of mma swapped", "tile.cuh", "a[1].word[0], a[0].word[1]", "a[0].word[1], a[1].word[0]"),
     (
