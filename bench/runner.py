@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import statistics
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -69,7 +70,10 @@ def run(case: Case, threads: int, limits: Limits | None, options: Options) -> Ro
             entry.median_us, entry.q1_us, entry.q3_us = found.median_us, found.q1_us, found.q3_us
             entry.rounds, entry.inner = found.rounds, found.inner
     for name in right:
-        _first_use(row.entries[name], name, enter, 0 if case.mode == "scaling" else options.first_uses)
+        try:
+            _first_use(row.entries[name], name, enter, 0 if case.mode == "scaling" else options.first_uses)
+        except Lost as lost:  # its times are good for all that
+            sys.stderr.write(f"{row.key}: {name}: no first call or peak memory: {lost}\n")
     return row
 
 
