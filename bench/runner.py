@@ -70,10 +70,7 @@ def run(case: Case, threads: int, limits: Limits | None, options: Options) -> Ro
             entry.median_us, entry.q1_us, entry.q3_us = found.median_us, found.q1_us, found.q3_us
             entry.rounds, entry.inner = found.rounds, found.inner
     for name in right:
-        try:
-            _first_use(row.entries[name], name, enter, 0 if case.mode == "scaling" else options.first_uses)
-        except Lost as lost:  # its times are good for all that
-            sys.stderr.write(f"{row.key}: {name}: no first call or peak memory: {lost}\n")
+        _first_use(row.entries[name], name, enter, 0 if case.mode == "scaling" else options.first_uses)
     return row
 
 
@@ -121,9 +118,12 @@ def _first_use(entry: Entry, name: str, enter: Enter, tries: int) -> None:
         entry.setup_ms = entry.first_ms = None
         return
     found = [(entry.setup_ms, entry.first_ms)]
-    for _ in range(tries - 1):
+    try:
+        for _ in range(tries - 1):
+            with contextlib.closing(enter(name)) as one:
+                found.append(one.build())
+        entry.setup_ms, entry.first_ms = map(statistics.median, zip(*found, strict=True))
         with contextlib.closing(enter(name)) as one:
-            found.append(one.build())
-    entry.setup_ms, entry.first_ms = map(statistics.median, zip(*found, strict=True))
-    with contextlib.closing(enter(name)) as one:
-        entry.peak_mib = one.peak_mib()
+            entry.peak_mib = one.peak_mib()
+    except Lost as lost:  # the times are good for all that
+        sys.stderr.write(f"{name}: no first call or peak memory: {lost}\n")

@@ -68,6 +68,20 @@ def test_contestant_that_dies_is_left_out(bench, case):
     assert row.entries["torch"].status == "ok"
 
 
+def test_contestant_that_dies_in_its_first_use_keeps_its_times(bench, case, capsys):
+    contestant, runner, results = bench("contestant"), bench("runner"), bench("results")
+
+    def enter(name):
+        one = contestant.Apart(case, name, "fusedrnn", 1)
+        os.kill(one.pid, signal.SIGKILL)
+        return one
+
+    entry = results.Entry(median_us=1.0, setup_ms=2.0, first_ms=3.0)
+    runner._first_use(entry, "torch", enter, 3)
+    assert (entry.status, entry.median_us, entry.peak_mib) == ("ok", 1.0, None)
+    assert "torch: no first call or peak memory: its process ended" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("change", [0.0, 0.01, float("nan")])
 def test_gate(bench, case, change, monkeypatch):
     """A result that is off by a little is not timed."""
