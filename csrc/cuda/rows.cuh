@@ -34,8 +34,10 @@ template <class S>
 FUSEDRNN_KERNEL(row_threads)
 previous_rows(const PreviousRows<S> p) {
   for (int64_t s = block_index().x; s < p.steps.T; s += grid_size().x) {
-    const int known = p.steps.batch(s - 1), batch = p.steps.batch(s);
-    const int64_t row = p.steps.first_row(s), row_before = p.steps.first_row(s - 1);
+    int64_t bound[3];
+    p.steps.bounds(s - 1, bound);
+    const int known = Steps::batch(bound), batch = Steps::batch(bound + 1);
+    const int64_t row_before = Steps::first_row(bound), row = Steps::first_row(bound + 1);
     for (int64_t n = block_index().y; n < batch; n += grid_size().y) {
       for (int64_t unit = thread_index(); unit < p.P; unit += row_threads) {
         S h{};
