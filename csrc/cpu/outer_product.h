@@ -19,6 +19,7 @@ class OuterProduct {
   static constexpr int tile_m =
       Unit::exists ? Unit::tiling(row_block).most_rows[max_vectors - 1] : max_rows(max_vectors);
   static constexpr int64_t block_m = 8 * tile_m;
+  static_assert(block_m % w == 0);
   static constexpr int group = 8;  // panels whose b stays in the second-level cache
   static constexpr int64_t b_budget = 512 * 1024 / sizeof(S);
 
@@ -39,7 +40,7 @@ class OuterProduct {
   struct Scratch {
     int64_t block_k = 0;       // rows that are multiplied at once
     S* b = nullptr;            // [panels of a group][block_k / step][width][step]
-    S* a = nullptr;            // [tiles][block_k / step][tile][step]; for a matrix unit [block_m][block_k]
+    S* a = nullptr;            // [block_k / step][block_m][step]; for a matrix unit [block_m][block_k]
     const S** rows = nullptr;  // [block_k]
 
     // For calls with up to `most_rows`, and products of up to N columns.
@@ -112,6 +113,7 @@ class OuterProduct {
   // c (+)= a^T b, for some panels
   void multiply(const Scratch& scratch, int64_t r, int64_t k, const S* a, int64_t lda, Range some, bool first) {
     const bool pack = step > 1 || panels_ > 4;  // with few columns, packing a would cost more than it saves
+    const int64_t ld = !pack ? lda : Unit::exists ? scratch.block_k : block_m;
     const Target* last = nullptr;
     for_panels(some, [&](const Target& target, int64_t panel, int64_t column) {
       if (&target != last) target.rows(r, k, scratch.rows), last = &target;
@@ -119,18 +121,17 @@ class OuterProduct {
     });
     for (int64_t m0 = 0, count; m0 < m_.size(); m0 += count) {
       count = std::min({block_m, m_.size() - m0, M_ - row_of(m0)});  // the rows of a block adjoin each other
-      if (pack) for_tiles(count, tile_m, [&](int64_t i, int tile) { pack_a(scratch, a + m0 + i, lda, k, i, tile); });
+      if (pack) pack_a(scratch, a + m0, lda, k, count);
       for_panels(some, [&](const Target& target, int64_t panel, int64_t column) {
         A* c = c_ + (panel * m_.size() + m0) * width;
         int64_t ldc = width;
         if constexpr (std::is_same_v<S, A>)
           if (target.in_place()) c = target.dw + row_of(m0) * target.N + column, ldc = target.N;
+        const S* b = scratch.b + (panel - some.begin) * width * scratch.block_k;
         for_tiles(count, tile_m, [&](int64_t i, int tile) {
+          const S* from = pack ? scratch.a + i * (Unit::exists ? scratch.block_k : step) : a + m0 + i;
           A* to = c + i * ldc;
-          const int64_t packed_ld = Unit::exists ? scratch.block_k : tile;
-          kernels[tile - 1](round_up(k, k_block), pack ? scratch.a + i * scratch.block_k : a + m0 + i,
-                            pack ? packed_ld : lda, scratch.b + (panel - some.begin) * width * scratch.block_k,
-                            first ? zeros_ : to, first ? 0 : ldc, to, ldc);
+          kernels[tile - 1](round_up(k, k_block), from, ld, b, first ? zeros_ : to, first ? 0 : ldc, to, ldc);
         });
       });
     }
@@ -149,23 +150,20 @@ class OuterProduct {
       }
   }
 
-  static void pack_a(const Scratch& scratch, const S* from, int64_t lda, int64_t k, int64_t first, int tile) {
-    if constexpr (Unit::exists)
-      Unit::transpose_columns(from, lda, k, tile, scratch.a + first * scratch.block_k, scratch.block_k);
-    else if (tile == tile_m)
-      pack_a_rows(from, lda, k, scratch.a + first * scratch.block_k, std::integral_constant<int, tile_m>{});
-    else
-      pack_a_rows(from, lda, k, scratch.a + first * scratch.block_k, tile);
-  }
-
-  template <class Tile>
-  static void pack_a_rows(const S* from, int64_t lda, int64_t k, S* to, Tile tile) {
-    const int64_t whole = k / step * step;
-    for (int64_t i = 0; i < whole; i += step, to += tile * step)
-      for (int j = 0; j < tile; ++j)
-        for (int e = 0; e < step; ++e) to[j * step + e] = from[(i + e) * lda + j];
-    if (whole < k)  // an odd number of rows: the pair's second element is 0
-      for (int j = 0; j < tile; ++j) to[j * step] = from[whole * lda + j], to[j * step + 1] = S{};
+  // `count` columns of k rows of a.
+  static void pack_a(const Scratch& scratch, const S* from, int64_t lda, int64_t k, int64_t count) {
+    if constexpr (Unit::exists) {
+      for_tiles(count, tile_m, [&](int64_t i, int tile) {
+        Unit::transpose_columns(from + i, lda, k, tile, scratch.a + i * scratch.block_k, scratch.block_k);
+      });
+    } else {
+      for (int64_t i = 0; i < k; i += step, from += step * lda)
+        for (int64_t j = 0; j < count; j += w) {
+          const S* next = i + 1 < k ? from + lda + j : nullptr;
+          const Operand<S> operand = load_columns(from + j, next, std::min<int64_t>(w, count - j));
+          std::memcpy(scratch.a + i * block_m + j * step, &operand, sizeof(operand));
+        }
+    }
   }
 
   void add_sums(const S* from, int64_t lda, int64_t k) {

@@ -41,9 +41,9 @@ inline Range batch_part(const Shape& shape, int64_t i, int64_t count) {
   return {bound(i), i + 1 == count ? N : bound(i + 1)};
 }
 
-// Rows are multiplied and handed to the cell in blocks of this many, so that the product stays in the first-level
-// cache.
-constexpr int64_t row_block = 48;
+// Rows are multiplied and handed to the cell in blocks of this many: few enough that the product is in the cache still,
+// and enough of them that large weights are not fetched into it too often.
+constexpr int64_t row_block = 128;
 template <class S>
 inline constexpr int64_t product_size = row_block * max_vectors * lanes<S>;
 
