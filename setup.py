@@ -45,6 +45,7 @@ from toolchain import (  # noqa: E402
     find_nvcc,
     find_torch,
     pybind11_include,
+    sanitizers,
     supports,
 )
 
@@ -141,11 +142,10 @@ class Plan:
         self.torch_headers = ["-isystem", str(torch.folder / "include")]
         # libstdc++ first: torch's libraries export copies of its templates, which another torch may not have.
         self.torch_libraries = [f"-L{torch.folder / 'lib'}", "-lstdc++", "-ltorch_cpu", "-ltorch", "-lc10"]
-        sanitize = []
-        if SANITIZE:  # without the checks that take most of the compiler's time and find what the others find too
+        if SANITIZE:
             # No sanitizer sees what tile instructions read and write: in their place, C++ that does the same.
             self.defines += ["-DFUSEDRNN_AMX_HOST", "-iquote", "tests/amx_host"]
-            sanitize = [f"-fsanitize={SANITIZE}", "-fno-sanitize=null,object-size,vptr", "-fno-sanitize-recover=all"]
+        sanitize = sanitizers(SANITIZE)
         self.cxx = [*compiler.command, "-MMD", "-MF", "$out.d", "-c", "$in", "-o", "$out", *CXX_FLAGS, *sanitize]
         self.cxx += ["-O1", "-g1", "-fno-omit-frame-pointer"] if SANITIZE else ["-O3", "-DNDEBUG"]
         self.link = [*compiler.command, "-shared", *sanitize, "-o", "$out", "$in", "-Wl,--as-needed"]

@@ -16,12 +16,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from toolchain import find_compiler, find_torch
+from toolchain import find_compiler, find_torch, sanitizers
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMESPACE = "fusedrnn_cuda_host"
 LIBRARY = pytest.StashKey[ctypes.CDLL]()
-FLAGS = ["-std=c++20", "-O2", "-g1", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
+FLAGS = ["-std=c++20", "-g1", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
 FLAGS += ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
 FLAGS += [f"-DFUSEDRNN_NAMESPACE={NAMESPACE}", "-DFUSEDRNN_CUDA_KEY=CPU"]
 
@@ -43,7 +43,7 @@ def build(lib: Path, sanitize: str = "", mutation: tuple[str, str, str] | None =
         (sources / "csrc/cuda" / file).write_text(text.replace(old, new))
     folder.mkdir(parents=True, exist_ok=True)
     host = ROOT / "tests/cuda_host"
-    flags = [*FLAGS, *([f"-fsanitize={sanitize}", "-fno-sanitize-recover=all"] if sanitize else [])]
+    flags = [*FLAGS, "-O1" if sanitize else "-O2", *sanitizers(sanitize)]
     flags += ["-include", str(sources / "csrc/torch_errors.h")]
     command = [*compiler.command, *flags, "-isystem", str(torch.folder / "include"), "-iquote", str(host)]
     units = [sources / "csrc/ops.cpp", *sorted((sources / "csrc/cuda").glob("*.cu")), host / "fibers.cpp"]
@@ -61,7 +61,7 @@ def build(lib: Path, sanitize: str = "", mutation: tuple[str, str, str] | None =
     library = folder / f"lib{NAMESPACE}.so"
     link = [*compiler.command, "-shared", "-o", str(library), *objects]
     link += [f"-L{lib}", "-lfusedrnn", f"-Wl,-rpath,{lib}", f"-L{torch.folder / 'lib'}", "-ltorch_cpu", "-ltorch"]
-    link += ["-lc10", *([f"-fsanitize={sanitize}"] if sanitize else [])]
+    link += ["-lc10", *sanitizers(sanitize)]
     subprocess.run(link, check=True)
     return library
 

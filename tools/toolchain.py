@@ -151,6 +151,12 @@ def supports(compiler: Compiler, flags: list[str]) -> bool:
     return run([*compiler.command, *flags, "-x", "c++", "-fsyntax-only", os.devnull]) is not None
 
 
+def sanitizers(names: str) -> list[str]:
+    """Flags to compile and link with, "address,undefined" or nothing: without the checks that take most of the
+    compiler's time and find what the others find too."""
+    return [f"-fsanitize={names}", "-fno-sanitize=null,object-size,vptr", "-fno-sanitize-recover=all"] if names else []
+
+
 class Nvcc(NamedTuple):
     command: list[str]
     version: str
