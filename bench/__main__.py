@@ -7,6 +7,7 @@ import importlib.util
 import os
 import sys
 import time
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -36,7 +37,9 @@ def main(arguments: list[str]) -> int:
         folder = options.result if options.result.is_dir() else options.result.parent
         _write(results, folder, options.targets)
         return 0
-    return _measure(_parse(arguments))
+    options = _parse(arguments)
+    with _plan(options):
+        return _measure(options)
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
@@ -75,14 +78,18 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     return options
 
 
+def _plan(options: argparse.Namespace) -> AbstractContextManager[None]:
+    if options.plan and not options.peers_only:
+        return importlib.import_module(options.ours).use_plan(options.plan)
+    return nullcontext()
+
+
 def _measure(options: argparse.Namespace) -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         sys.exit("--device cuda: torch finds no GPU")
     ours = None if options.peers_only else options.ours
     if ours and importlib.util.find_spec(ours) is None:
         sys.exit(f"{ours} is not installed: `pip install .` first, or give --peers-only")
-    if ours and options.plan:
-        importlib.import_module(ours).use_plan(options.plan).__enter__()
     every = len(os.sched_getaffinity(0))
     counts = [every if t == "all" else int(t) for t in options.threads.split(",")]
     counts = list(dict.fromkeys(counts))

@@ -76,6 +76,10 @@ class Results:
     limits: list[Limits] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
 
+    @property
+    def most_threads(self) -> int:
+        return max(self.environment["threads"])
+
     def groups(self) -> Iterator[tuple[tuple[str, str, int], list[Row]]]:
         """(group, dtype, threads) and its rows, in the order measured."""
         found: dict[tuple[str, str, int], list[Row]] = {}

@@ -35,7 +35,7 @@ class Verdict:
 def verdicts(row: Row, results: Results) -> list[Verdict]:
     """The targets of a row; none for other devices' or fewer threads' rows."""
     device = results.environment["device"]
-    if device == "cpu" and row.threads != max(results.environment["threads"]):
+    if device == "cpu" and row.threads != results.most_threads:
         return []
     found = []
     for table in _tables(device):

@@ -24,7 +24,8 @@ PEER_COLOURS = {"torch": "#ee4c2c", "onnxruntime": "#2a6fbb", "openvino": "#7b2c
 
 
 def newest(device: str, peers: set[str]) -> Results:
-    """The newest results on a device with inference and training against these peers, and maybe others."""
+    """The newest results on a device with inference and training against these peers, and maybe others: those with
+    the most threads."""
     found = []
     for path in ROOT.glob("bench/results/**/results.json"):
         results = load(path)
@@ -34,7 +35,9 @@ def newest(device: str, peers: set[str]) -> Results:
             found.append(results)
     if not found:
         raise SystemExit(f"bench/results has no results on {device} against {', '.join(sorted(peers))}")
-    return max(found, key=lambda results: results.environment["date"])
+    results = max(found, key=lambda results: results.environment["date"])
+    results.rows = [row for row in results.rows if row.threads == results.most_threads]
+    return results
 
 
 def bars(axes: Any, rows: list[Row], value: Callable[[Row], float | None]) -> None:
@@ -68,8 +71,7 @@ def figure_with(columns: int, results: Results, title: str, height: float = 3.4)
 
 def caption(results: Results) -> str:
     where = results.environment
-    threads = where["threads"][-1]
-    name = where["gpu"] if where["device"] == "cuda" else f"{where['cpu']}, {threads} threads"
+    name = where["gpu"] if where["device"] == "cuda" else f"{where['cpu']}, {results.most_threads} threads"
     return f"{name}, torch {where['versions']['torch']}, {where['date'][:10]}"
 
 

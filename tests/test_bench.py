@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from fusedrnn import _C
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -123,6 +125,15 @@ def test_command(tmp_path):
         timeout=300,
     )
     assert "geometric mean, fusedrnn: 1.000" in compared.stdout, compared.stderr
+
+
+def test_plan(bench, monkeypatch):
+    """The plan asked for is in force while all is measured, and not afterwards."""
+    main, found = bench("__main__"), []
+    monkeypatch.setattr(main, "_measure", lambda options: found.append(_C.forced_cuda_plan()))
+    main.main(["--plan", "loop"])
+    main.main(["--plan", "loop", "--peers-only"])
+    assert (*found, _C.forced_cuda_plan()) == ("loop", "", "")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -30,6 +30,9 @@ def test_pictures(monkeypatch, tmp_path):
     draw.main()
     drawn = {path.name for path in tmp_path.iterdir()}
     assert drawn == {path.name for path in draw.ROOT.glob("docs/images/*.svg")} - {"design.svg"}
+    rows = draw.newest("cpu", {"torch"}).rows
+    drawn_once = [(row.group, row.cell, row.dtype, row.shape) for row in rows]
+    assert rows and len(set(drawn_once)) == len(rows)
 
 
 def formulas(cell: str, block: int) -> str:
