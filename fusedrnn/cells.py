@@ -38,11 +38,10 @@ class _Cell(torch.nn.RNNCellBase):
             weights = _read_weights(self._parameters)
         except KeyError:  # replaced by plain tensors or properties
             return self._weights_by_name()
-        return weights if weights[2] is not None else weights[:2]
+        return weights if weights[2] is not None and weights[3] is not None else _biased(*weights)
 
     def _weights_by_name(self) -> tuple[Tensor, ...]:
-        weights = self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
-        return weights if weights[2] is not None else weights[:2]
+        return _biased(self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
 
     def _plain_step(self, cell: str, x: Tensor, h: Tensor, c: Tensor | None) -> Any:
         """The next state or states in the plain case, in as few Python steps as it takes; None in the others."""
@@ -56,7 +55,7 @@ class _Cell(torch.nn.RNNCellBase):
             c0 = None if c is None else c.unsqueeze(0)
             # Not y: that is kept for backward, and mustn't change.
             _, h_n, c_n, _, _ = layer(cell, x, h.unsqueeze(0), c0, self._weights(), sizes, 1)
-            return (h_n.squeeze(0),) if c is None else (h_n.squeeze(0), c_n.squeeze(0))
+            return (h_n.squeeze_(0),) if c is None else (h_n.squeeze_(0), c_n.squeeze_(0))
         return None
 
     def _step(self, cell: str, input: Tensor, states: States | None) -> States:
@@ -70,7 +69,15 @@ class _Cell(torch.nn.RNNCellBase):
         x = input[(None,) * lead]
         weights = self._weights_by_name() if _is_compiling() else self._weights()
         _, finals = stack(cell, x, states, weights, None, 1, 1, 0.0)
-        return tuple([s[(0,) * lead] for s in finals])
+        # As torch.nn's, the state of a batch is no view: it may be detached in place.
+        return tuple([s.squeeze_(0) if lead == 1 else s[0, 0] for s in finals])
+
+
+def _biased(w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None) -> tuple[Tensor, ...]:
+    """The weights as the ops take them: without biases, or with both, a missing one as zeros."""
+    if b_ih is None:
+        return (w_ih, w_hh) if b_hh is None else (w_ih, w_hh, torch.zeros_like(b_hh), b_hh)
+    return w_ih, w_hh, b_ih, torch.zeros_like(b_ih) if b_hh is None else b_hh
 
 
 def _batch_sizes(n: int) -> Tensor:

@@ -273,6 +273,34 @@ def test_cells(name, options, dtype):
             assert (mine.shape, mine.stride(), mine.dtype) == (other.shape, other.stride(), other.dtype)
 
 
+@pytest.mark.parametrize("missing", ["bias_ih", "bias_hh"])
+@pytest.mark.parametrize("name, options", CELL_KINDS)
+def test_cell_with_one_bias(name, options, missing):
+    """Each bias is optional by itself."""
+    x, state = torch.randn(3, INPUT), torch.randn(3, HIDDEN)
+    for given in (None, (state, state) if name == "LSTMCell" else state):
+        found = []
+        for cell in make_pair(name, dtype=torch.float64, **options):
+            setattr(cell, missing, None)
+            found.append(run_cell(cell, x, given, torch.float64)[0])
+        assert found[0].keys() == found[1].keys()
+        for key in found[0]:
+            torch.testing.assert_close(found[0][key], found[1][key])
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("name, options", CELL_KINDS)
+def test_cell_states_can_be_detached_in_place(name, options, grad):
+    cell = make_pair(name, **options)[0]
+    state = None
+    for _ in range(3):
+        with torch.set_grad_enabled(grad):
+            state = cell(torch.randn(3, INPUT), state)
+        for s in state if isinstance(state, tuple) else (state,):
+            assert s.detach_().grad_fn is None
+            s *= torch.ones(HIDDEN, requires_grad=True)
+
+
 @pytest.mark.parametrize("name, options", CELL_KINDS)
 def test_unrolled_cell(name, options):
     """A loop over time, gradients through all of it, and the second derivative."""
