@@ -62,7 +62,7 @@ STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # torch 2.10's, which 
 
 # A source csrc/cpu/*_<isa>.cpp is compiled for that instruction set, every other one for the baseline. Lowest first:
 # where two objects have the same inline function the linker keeps the first, so no old CPU ever meets a newer one's.
-AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX2 = ["-mavx2", "-mfma"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 AVX512_BF16 = [*AVX512, "-mavx512bf16"]
 AMX = [*AVX512_BF16, "-mamx-tile", "-mamx-bf16"]

@@ -40,19 +40,25 @@ struct Capability {
 // From the least to the most capable.
 constexpr Capability capabilities[] = {
     {"default", {baseline::f32, baseline::f64, baseline::b16}, [] { return true; }},
-#if defined(__x86_64__)
+#if defined(FUSEDRNN_HAVE_AVX2)
     {"avx2",
      {avx2::f32, avx2::f64, avx2::b16},
      [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
+#endif
+#if defined(FUSEDRNN_HAVE_AVX512)
     {"avx512",
      {avx512::f32, avx512::f64, avx512::b16},
      [] {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
      }},
+#endif
+#if defined(FUSEDRNN_HAVE_AVX512_BF16)
     {"avx512_bf16",
      {avx512::f32, avx512::f64, avx512_bf16::b16},
      [] { return bool(__builtin_cpu_supports("avx512bf16")); }},
+#endif
+#if defined(FUSEDRNN_HAVE_AMX)
     {"amx", {avx512::f32, avx512::f64, amx::b16}, amx_supported},
 #endif
 };

@@ -18,8 +18,10 @@ constexpr CellKind kind_of() {
     return CellKind::gru;
   else if constexpr (std::is_same_v<Cell, RNNTanh>)
     return CellKind::rnn_tanh;
-  else
+  else {
+    static_assert(std::is_same_v<Cell, RNNRelu>);
     return CellKind::rnn_relu;
+  }
 }
 
 // Rows may be strided, columns not.

@@ -21,7 +21,7 @@ class OuterProduct {
   static constexpr int64_t block_m = 8 * tile_m;
   static_assert(block_m % w == 0);
   static constexpr int group = 8;  // panels whose b stays in the second-level cache
-  static constexpr int64_t b_budget = 512 * 1024 / sizeof(S);
+  static constexpr int64_t most_k = 256;
 
  public:
   // Where a product's gradients go (or null), and where its b is.
@@ -46,7 +46,7 @@ class OuterProduct {
     // For calls with up to `most_rows`, and products of up to N columns.
     void layout(Arena& arena, int64_t most_rows, int64_t N) {
       const int64_t columns = width * std::min<int64_t>(group, N / width + 2);  // two targets: two narrower panels
-      block_k = std::min<int64_t>(round_up(most_rows, k_block), std::clamp<int64_t>(b_budget / columns, 64, 256));
+      block_k = std::min<int64_t>(round_up(most_rows, k_block), most_k);
       b = arena.take<S>(block_k * columns);
       a = arena.take<S>(block_k * block_m);
       rows = arena.take<const S*>(block_k);
