@@ -266,6 +266,12 @@ def test_why_a_device_refuses(backward, host_device):
         assert device_plan(backward)["name"] == "stepwise"
 
 
+def test_more_batch_entries_than_a_launch_takes(host_device):
+    assert device_plan(N=65535 * 64)["name"] == "stepwise"
+    with pytest.raises(RuntimeError, match="4194241 batch entries are too many, a GPU takes 4194240"):
+        device_plan(N=65535 * 64 + 1)
+
+
 @pytest.mark.parametrize("name", ["lstm", "gru"])
 def test_a_busy_device(name, host_device):
     """Gives the same results."""

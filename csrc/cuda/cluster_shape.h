@@ -15,6 +15,12 @@ constexpr int cluster_warps = 12;   // of a block, at most: a thread has 168 reg
 constexpr int backward_tiles = 4;
 constexpr int near_blocks(int tiles) { return 12 / tiles; }
 
+// Blocks of k that `warps` divide, and a warp has no registers for: those beyond `near`.
+constexpr int far_blocks(int64_t blocks, int warps, int near) {
+  const int64_t most = (blocks + warps - 1) / warps;
+  return most > near ? int(most) - near : 0;
+}
+
 struct ClusterShape {
   int blocks, groups;                // of the cluster; of 16 units, of a block
   int m_warps, k_warps;              // a block's warps divide the product's rows, and k

@@ -2,6 +2,8 @@
 #pragma once
 
 #include <array>
+#include <stdexcept>
+#include <string>
 
 #include "cluster.cuh"
 #include "stepwise.cuh"
@@ -53,6 +55,8 @@ void run_tiled(const Kernels<Params>& kernels, Params p, const Plan& plan, const
   }
 }
 
+constexpr int64_t most_blocks_y = 65535;
+
 inline std::string refusal(int64_t most, int64_t wanted, const std::string& of) {
   return "the device has room for " + std::to_string(most) + " of " + std::to_string(wanted) + " " + of +
          " at the same time";
@@ -66,6 +70,10 @@ Plan find_plan(const Kernels<Params>& kernels, PlanRequest request, int layers) 
     Device device = device_facts();
     while (true) {
       Plan plan = make_plan(request, device, forced_plan());
+      if (plan.blocks_y > most_blocks_y)
+        throw std::runtime_error("fusedrnn: " + std::to_string(request.N) +
+                                 " batch entries are too many, a GPU takes " +
+                                 std::to_string(most_blocks_y * plan.columns()));
       if (plan.is_cluster()) {
         const int64_t all = plan.blocks_y * request.directions * together, enough = forced_plan().empty() ? all : 1;
         const int64_t most = resident_clusters(kernels.cluster, cluster_launch(plan, request));

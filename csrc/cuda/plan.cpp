@@ -1,12 +1,14 @@
 #include "plan.h"
 
 #include <algorithm>
+#include <atomic>
+#include <iterator>
 #include <stdexcept>
 
 namespace fusedrnn::cuda {
 namespace {
 
-constexpr int block_warps = 8, block_units = 16;
+constexpr int block_units = 16;
 constexpr int64_t vector_bytes = 16, inbox_alignment = 32;  // what other blocks' stores should fill is 32 bytes
 constexpr int64_t fragment_bytes = 1024;                    // 16 rows of one block of k
 
@@ -14,15 +16,14 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 int64_t k_block(const PlanRequest& r) { return 4 * vector_bytes / r.element; }
 
-// A block's partial sums, and the weights that are not in its registers; tile.cuh has the same.
+// A block's partial sums, and the weights that are not in its registers.
 int64_t sums_bytes(const PlanRequest& r, TileShape shape) {
   const int64_t accumulator = std::max<int64_t>(r.element, 4);
-  return accumulator * (block_warps / shape.n_warps) * shape.columns() * (block_units * r.rows() + 4);
+  return accumulator * (block_warps / shape.n_warps) * shape.columns() * sums_pitch(1, r.rows());
 }
 int64_t weights_bytes(const PlanRequest& r, TileShape shape) {
-  const int64_t k_warps = block_warps / shape.n_warps;
-  const int64_t far_blocks = ceil_div(ceil_div(r.K(), k_block(r)), k_warps) - resident_tiles(shape.n_tiles) / r.rows();
-  return k_warps * std::max<int64_t>(far_blocks, 0) * r.rows() * fragment_bytes;
+  const int k_warps = block_warps / shape.n_warps, near = resident_tiles(shape.n_tiles) / r.rows();
+  return k_warps * far_blocks(ceil_div(r.K(), k_block(r)), k_warps, near) * r.rows() * fragment_bytes;
 }
 
 // The division among about so many blocks; shared_bytes is 0 where their threads are too few.
@@ -39,19 +40,18 @@ ClusterShape cluster_shape(const PlanRequest& r, int64_t blocks) {
     if (c.tiles > backward_tiles) return c;
     c.m_warps = std::max(int(ceil_div(groups_of_all, c.tiles)), c.groups * group_warps), c.k_warps = 1;
     c.k_blocks = int(ceil_div(r.gates * c.groups * block_units, k_block(r)));
-    c.far_blocks = c.k_blocks - near_blocks(backward_tiles);
+    c.far_blocks = far_blocks(c.k_blocks, 1, near_blocks(backward_tiles));
     inbox = 2 * c.blocks * c.groups * block_units * cluster_columns * int64_t(sizeof(float));
     outbox = 2 * c.k_blocks * (fragment_bytes / 2);
   } else {
     c.tiles = r.gates, c.m_warps = c.groups;
     c.k_blocks = int(ceil_div(r.H, k_block(r)));
     c.k_warps = std::clamp(c.k_blocks, group_warps, cluster_warps / c.groups);
-    c.far_blocks = int(ceil_div(c.k_blocks, c.k_warps)) - near_blocks(c.tiles);
+    c.far_blocks = far_blocks(c.k_blocks, c.k_warps, near_blocks(c.tiles));
     inbox = 2 * c.k_blocks * (fragment_bytes / 2);
     outbox = cluster_columns * c.groups * block_units * r.element;
     sums = c.k_warps * cluster_columns * sums_pitch(c.groups, r.gates) * int64_t(sizeof(float));
   }
-  c.far_blocks = std::max(c.far_blocks, 0);
   c.inbox = inbox_alignment, c.outbox = c.inbox + inbox, c.sums = c.outbox + outbox, c.far = c.sums + sums;
   c.shared_bytes = c.far + c.warps() * c.far_blocks * c.tiles * fragment_bytes;
   return c;
@@ -119,7 +119,8 @@ Plan tiled_plan(const PlanRequest& r, const Device& device) {
   return plan;
 }
 
-std::string forced_name;
+constexpr const char* names[] = {"", "stepwise", "loop", "grid", "cluster"};
+std::atomic<const char*> forced_name{""};  // of names; set while other threads read it
 
 }  // namespace
 
@@ -135,14 +136,15 @@ Plan make_plan(const PlanRequest& r, const Device& device, const std::string& fo
   return plan;
 }
 
-const std::string& forced_plan() { return forced_name; }
+std::string forced_plan() { return forced_name.load(); }
 
 void force_plan(const std::string& name) {
-  if (name != "" && name != "stepwise" && name != "loop" && name != "grid" && name != "cluster") {
+  const auto known = std::find(std::begin(names), std::end(names), name);
+  if (known == std::end(names)) {
     throw std::invalid_argument("plan '" + name +
                                 "' is unknown: expected stepwise, loop, grid, cluster or '' (automatic)");
   }
-  forced_name = name;
+  forced_name = *known;
 }
 
 }  // namespace fusedrnn::cuda

@@ -31,7 +31,8 @@ struct Device {
   std::string refused = {};  // what it didn't run of a faster plan, in words
 };
 
-// Tiles come in these sizes: rows of the batch, and how a block's 8 warps divide it.
+// Tiles come in these sizes: rows of the batch, and how a block's warps divide it.
+constexpr int block_warps = 8;
 struct TileShape {
   int n_tiles, n_warps;  // n_tiles * 8 rows a warp, n_warps groups of warps
   int columns() const { return 8 * n_tiles * n_warps; }
@@ -80,7 +81,7 @@ Plan widest_plan(int layers, Find find) {
 }
 
 // The plan that ops are made to use (empty: their own choice), of this process.
-__attribute__((visibility("default"))) const std::string& forced_plan();
+__attribute__((visibility("default"))) std::string forced_plan();
 __attribute__((visibility("default"))) void force_plan(const std::string& name);
 
 }  // namespace fusedrnn::cuda

@@ -10,7 +10,7 @@
 
 namespace fusedrnn::cuda {
 
-constexpr int block_warps = 8, block_size = block_warps * warp_size;
+constexpr int block_size = block_warps * warp_size;
 
 // How a warp multiplies: what its lanes hold of 16 rows of a (two rows each) and of 8 rows of b, and the product. Lane
 // l has rows l / 4 and l / 4 + 8 of the product at columns 2 (l % 4) and 2 (l % 4) + 1.
@@ -75,11 +75,10 @@ struct Tile {
   using Weights = WarpWeights<Math, m_tiles, resident_tiles(n_tiles) / m_tiles, n_tiles <= 2 ? 4 : 2>;
   template <class RowOfA>
   FUSEDRNN_DEVICE static Weights keep(Vector* far, RowOfA a_row, int64_t K) {
-    const int far_blocks = int((K + Math::k - 1) / Math::k + k_warps - 1) / k_warps - Weights::in_registers;
-    return Weights(far + k_warp() * (far_blocks > 0 ? far_blocks : 0) * m_tiles * 2 * warp_size, m_tiles, blocks(K),
-                   [&](int m, int half, int i) {
-                     return Math::prepare(load_if(k_of(i) < K, a_row(16 * m + 8 * half + lane() / 4) + k_of(i)));
-                   });
+    const int each = far_blocks((K + Math::k - 1) / Math::k, k_warps, Weights::in_registers);
+    return Weights(far + k_warp() * each * m_tiles * 2 * warp_size, m_tiles, blocks(K), [&](int m, int half, int i) {
+      return Math::prepare(load_if(k_of(i) < K, a_row(16 * m + 8 * half + lane() / 4) + k_of(i)));
+    });
   }
 
   // Leaves the product's partial sums in `sums`; the block has to meet before they are read. a is what keep() gave, or
