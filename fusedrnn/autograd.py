@@ -81,7 +81,7 @@ def layer_gradients(ctx: Any, saved: Sequence[Any], dy: Any, dh_n: Any, dc_n: An
     """Of the arguments of a :class:`Layer` with context ``ctx``, from what its forward saved."""
     batch_sizes, x, h0, c0, y, gates, cells, *weights = saved
     # Compiled code gives a zero gradient to what has none.
-    if ctx.cell != "lstm":
+    if ops.STATES[ctx.cell] == 1:
         dc_n = None
     if not ctx.every_c:
         dcells = None

@@ -128,7 +128,7 @@ def check_dimensions(cell: str, x: Tensor, states: Sequence[Tensor] | None) -> N
         raise ValueError(f"{name}: Expected input to be 2D or 3D, got {dim}{tail} instead")
     if states is not None and any(s.dim() != dim for s in states):
         which = "batched 3-D" if dim == 3 else "unbatched 2-D"
-        if cell == "lstm":
+        if ops.STATES[cell] == 2:
             raise RuntimeError(
                 f"For {which} input, hx and cx should also be {dim}-D "
                 f"but got ({states[0].dim()}-D, {states[1].dim()}-D) tensors"
@@ -157,12 +157,12 @@ def check_sizes(
     if x.shape[-1] != w_ih.shape[1]:
         raise RuntimeError(f"input.size(-1) must be equal to input_size. Expected {w_ih.shape[1]}, got {x.shape[-1]}")
     expected = [(rows, batch, w_hh.shape[1])]
-    if cell == "lstm":
-        expected.append((rows, batch, w_ih.shape[0] // 4))
+    if ops.STATES[cell] == 2:
+        expected.append((rows, batch, w_ih.shape[0] // ops.GATES[cell]))
     if states is not None and len(states) != len(expected):
         raise RuntimeError("lstm expects two hidden states")
     for k, (s, e) in enumerate(zip(states or (), expected, strict=False)):
         if s.shape != e:
-            name = f"hidden[{k}]" if cell == "lstm" else "hidden"
+            name = f"hidden[{k}]" if len(expected) == 2 else "hidden"
             raise RuntimeError(f"Expected {name} size {e}, got {list(s.shape)}")
     return expected

@@ -10,6 +10,7 @@ import torch
 
 from . import _C, ops, stacked
 from .modules import CELL, FusedBase
+from .profiling import ranges_enabled
 
 
 def explain(module: Any, shape: Sequence[int]) -> list[dict[str, Any]]:
@@ -55,7 +56,7 @@ def explain(module: Any, shape: Sequence[int]) -> list[dict[str, Any]]:
 def _layers_of_one_op(module: FusedBase, steps: int) -> int:
     """Of those that a GPU may run at the same time."""
     dropout = module.training and module.dropout > 0
-    one_by_one = module.bidirectional or dropout or module.recompute or steps <= stacked.CHUNK
+    one_by_one = module.bidirectional or dropout or module.recompute or ranges_enabled() or steps <= stacked.CHUNK
     return 1 if one_by_one else module.num_layers
 
 

@@ -58,6 +58,11 @@ class FusedBase(torch.nn.RNNBase):
     def _name_weights(self) -> None:
         self._read_weights = itemgetter(*self._flat_weights_names)
 
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        state.pop("_read_weights", None)  # a restricted unpickler would not take it
+        return state
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._name_weights()
@@ -101,7 +106,7 @@ class FusedBase(torch.nn.RNNBase):
             result = layer(cell, x, h0, c0, weights, batch_sizes, directions, False, self.recompute)
         else:
             result = ops.infer(cell, x, h0, c0, weights, batch_sizes, directions)
-        return result[: 3 if cell == "lstm" else 2]
+        return result[: 1 + ops.STATES[cell]]
 
     def _network(
         self, input: Any, hx: Any, lengths: Lengths | None, reset: Tensor | None, every_c: bool = False

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from . import stacked
+from . import ops, stacked
 from .errors import check_dimensions, check_sizes, check_stored
 from .layer import layer, traceable_layer
 from .ops import autocast_enabled
@@ -39,7 +39,7 @@ def network(
     """
     states: States | None = None
     if hx is not None:
-        states = tuple(hx) if cell == "lstm" else (hx,)
+        states = tuple(hx) if ops.STATES[cell] == 2 else (hx,)
     options = (num_layers, directions, dropout, every_c, recompute)
     check_stored(input, states, lengths, reset)
     if isinstance(input, PackedSequence):
@@ -140,7 +140,7 @@ def stack(
     if not one_by_one and stacked.suits(x, every_c, recompute):
         h0, c0 = (*(states or ()), None, None)[:2]
         y, h_n, c_n = stacked.run(cell, x, h0, c0, weights, num_layers)
-        return (y,), (h_n, c_n) if cell == "lstm" else (h_n,)
+        return (y,), (h_n, c_n)[: ops.STATES[cell]]
     count = len(weights) // num_layers
     finals: list[States] = []
     for k in range(num_layers):
@@ -155,7 +155,7 @@ def stack(
         arguments = (cell, x, h0, c0, own_weights, batch_sizes, directions, wanted, recompute)
         results = in_range(cell, k, layer, arguments) if ranges_enabled() else traceable_layer(*arguments)
         x, h_n, c_n, _, cells = results
-        finals.append((h_n, c_n) if cell == "lstm" else (h_n,))
+        finals.append((h_n, c_n)[: ops.STATES[cell]])
     outputs = (x, cells.to(x.dtype).view(*x.shape[:-1], directions * cells.shape[-1])) if every_c else (x,)
     if num_layers == 1:
         return outputs, finals[0]

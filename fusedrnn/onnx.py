@@ -34,7 +34,7 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
     While exporting, a projected LSTM or a PackedSequence raises NotImplementedError: ONNX has no
     operators for them.
     """
-    return {op: _translation(cell) for cell, op in ops.forward.items()}
+    return {op: _translation(cell) for cell, op in ops.forward.items() if cell in _OPERATORS}
 
 
 def _translation(cell: str) -> Callable[..., Any]:
@@ -61,7 +61,7 @@ def _translation(cell: str) -> Callable[..., Any]:
         hidden = weights[1].shape[1]
         w_ih, w_hh, *biases = [[reorder(w, hidden) for w in weights[k::count]] for k in range(count)]
         bias = by_direction([op.Concat(*both, axis=0) for both in zip(*biases, strict=True)]) if biases else None
-        states = (h0, c0) if cell == "lstm" else (h0,)
+        states = (h0, c0)[: ops.STATES[cell]]
         options = {k: v[:directions] if isinstance(v, list) else v for k, v in attributes.items()}
         y, *finals = getattr(op, name)(
             x,

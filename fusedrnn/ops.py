@@ -16,8 +16,9 @@ The arguments up to ``batch_sizes`` are those of :func:`fusedrnn.reference.lstm`
 forward op keeps what the backward op reads: ``gates [rows, D, S, H]``, the S activated gates of
 each unit (S + 1 if h is projected: then o tanh(c)), and for the LSTM ``cells [rows, D, H]``, every
 c in float32 (float64 for float64); so is its gradient, ``dcells``. ``needs`` is a bit mask of the
-gradients asked for: 0 dx, 1 dh0, 2 dc0, 3 + i weight i. Whatever is not asked for or does not exist
-is an empty ``[0]`` tensor. ``tf32`` lets a GPU multiply float32 numbers in TensorFloat-32: :func:`tf32`.
+gradients asked for: 0 dx, 1 dh0, 2 dc0 (of zero states too, where none were given), 3 + i weight i.
+Whatever is not asked for or does not exist is an empty ``[0]`` tensor. ``tf32`` lets a GPU multiply
+float32 numbers in TensorFloat-32: :func:`tf32`.
 
 ``<cell>_inference(Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? batch_sizes, int directions) ->
 Tensor[]`` is the forward op on a CPU without saving, and returns only ``y``, ``h_n`` and the LSTM's ``c_n``.
@@ -52,6 +53,7 @@ from . import vmap
 
 CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}  # G, rows of w_ih per hidden unit
+STATES = {"lstm": 2, "gru": 1, "rnn_tanh": 1, "rnn_relu": 1}  # h, or h and c
 SAVED = {"lstm": 4, "gru": 4, "rnn_tanh": 0, "rnn_relu": 0}  # S, values kept per hidden unit
 
 _SUFFIX = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
@@ -100,6 +102,12 @@ def infer(
     return eager[cell](x, h0, c0, weights, batch_sizes, directions, False, tf32(x))
 
 
+def _fake_batch(x: Tensor, h0: Tensor | None, batch_sizes: Tensor | None) -> int | torch.SymInt:
+    if batch_sizes is None:
+        return x.shape[1]
+    return torch.library.get_ctx().new_dynamic_size() if h0 is None else h0.shape[1]
+
+
 def _fake_forward(
     cell: str,
     x: Tensor,
@@ -118,13 +126,7 @@ def _fake_forward(
     hidden, projected = w_hh.shape[0] // GATES[cell], w_hh.shape[1]
     *lead, _ = x.shape
     rows = math.prod(lead)
-    batch: int | torch.SymInt
-    if batch_sizes is None:
-        batch = lead[1]
-    elif h0 is not None:
-        batch = h0.shape[1]
-    else:
-        batch = torch.library.get_ctx().new_dynamic_size()
+    batch = _fake_batch(x, h0, batch_sizes)
     _check("x", x, x, (*lead, weights[0].shape[1]))
     _check("h0", h0, x, (directions, batch, projected))
     _check("c0", c0, x, (directions, batch, hidden))
@@ -134,7 +136,7 @@ def _fake_forward(
     h_n = x.new_empty(directions, batch, projected)
     state = torch.float64 if x.dtype == torch.float64 else torch.float32
     c_n, gates, cells = x.new_empty(0), x.new_empty(0), x.new_empty(0, dtype=state)
-    if cell == "lstm":
+    if STATES[cell] == 2:
         c_n = x.new_empty(directions, batch, hidden)
         if save:
             cells = x.new_empty(rows, directions, hidden, dtype=state)
@@ -181,24 +183,27 @@ def _fake_backward(
         if t is not None and t.device != x.device:
             raise RuntimeError(f"fusedrnn: expected all tensors on {x.device}, got one on {t.device}")
 
-    def gradient(bit: int, of: Tensor | None) -> Tensor:
-        return x.new_empty(of.shape if of is not None and needs >> bit & 1 else (0,))
+    def gradient(bit: int, *shape: Any) -> Tensor:
+        return x.new_empty(shape if needs >> bit & 1 else (0,))
 
-    dweights = [gradient(3 + i, w) for i, w in enumerate(weights)]
-    return gradient(0, x), gradient(1, h0), gradient(2, c0), dweights
+    dweights = [gradient(3 + i, *w.shape) for i, w in enumerate(weights)]
+    hidden, projected = weights[1].shape[0] // GATES[cell], weights[1].shape[1]
+    batch = _fake_batch(x, h0, batch_sizes) if needs & 6 else 0
+    dc0 = gradient(2, directions, batch, hidden) if STATES[cell] == 2 else x.new_empty(0)
+    return gradient(0, *x.shape), gradient(1, directions, batch, projected), dc0, dweights
 
 
 def _inference(cell: str, *arguments: Any) -> list[Tensor]:
     """An inference op by its forward op."""
     results = forward[cell](*arguments, False)
-    return list(results[: 3 if cell == "lstm" else 2])
+    return list(results[: 1 + STATES[cell]])
 
 
 def _step(cell: str, x: Tensor, h: Tensor, c: Tensor | None, weights: Sequence[Tensor]) -> list[Tensor]:
     """A step op by the op of a layer."""
     c = None if c is None else c.unsqueeze(0)
     results = infer(cell, x.unsqueeze(0), h.unsqueeze(0), c, weights, None, 1)
-    return [t.squeeze(0) for t in results[1 : 3 if cell == "lstm" else 2]]
+    return [t.squeeze(0) for t in results[1 : 1 + STATES[cell]]]
 
 
 def _advance(
@@ -240,7 +245,7 @@ def _vmap_forward(cell: str, info: Any, dims: Any, *arguments: Any) -> Any:
 def _vmap_inference(cell: str, info: Any, dims: Any, *arguments: Any) -> Any:
     """The vmap rule of an inference op."""
     results, result_dims = _vmap_forward(cell, info, (*dims, None), *arguments, False)
-    count = 3 if cell == "lstm" else 2
+    count = 1 + STATES[cell]
     return list(results[:count]), list(result_dims[:count])
 
 

@@ -17,8 +17,8 @@ from . import _C
 def use_plan(name: str) -> Iterator[None]:
     """Makes every layer on a GPU run by this plan, or by the next slower one that its shape allows, in this process.
 
-    Results are the same to the last bit, with ``cluster`` to rounding. Raises ValueError for a name that is none of
-    ``cluster``, ``grid``, ``loop``, ``stepwise``.
+    Results are the same to the last bit, with ``cluster`` to rounding. ``""`` is the automatic choice. Raises
+    ValueError for a name that is none of these and of ``cluster``, ``grid``, ``loop``, ``stepwise``.
     """
     before = _C.forced_cuda_plan()
     _C.force_cuda_plan(name)

@@ -42,7 +42,7 @@ class RecomputedLayer(Layer):
     ) -> tuple[Tensor, ...]:
         check_stored(x, h0, c0, batch_sizes)
         lead, hidden, projected = x.shape[:-1], weights[1].shape[0] // ops.GATES[cell], weights[1].shape[1]
-        widths = [projected, hidden] if cell == "lstm" else [projected]
+        widths = [projected, hidden][: ops.STATES[cell]]
         batch = _batch(x, batch_sizes)
         given = [x.new_zeros(directions, batch, w) if s is None else s for s, w in zip((h0, c0), widths, strict=False)]
         state = torch.cat(given, -1)
@@ -97,7 +97,7 @@ def _gradients(
     """``dx, dh0, dc0, *dweights``, None where ``needs`` says so."""
     directions, _, batch, _ = checkpoints.shape
     lead, hidden, projected = x.shape[:-1], weights[1].shape[0] // ops.GATES[cell], weights[1].shape[1]
-    widths = [projected, hidden] if cell == "lstm" else [projected]
+    widths = [projected, hidden][: ops.STATES[cell]]
     dx = x.new_zeros(x.shape) if needs[0] else None
     ends = zip((dh_n, dc_n), widths, strict=False)
     dstates = [x.new_zeros(directions, batch, w) if d is None else d.clone() for d, w in ends]

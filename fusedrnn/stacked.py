@@ -148,7 +148,7 @@ class StackedLayers(autograd._Function):
         x, h0, c0, *weights = tensors
         masks = [sum([8 << i for i, need in enumerate(own) if need]) for own in of_layers(needed[3:], layers)]
         masks[0] |= sum([1 << bit for bit, need in enumerate(needed[:3]) if need])
-        dc_n = dc_n if cell == "lstm" else None
+        dc_n = dc_n if ops.STATES[cell] == 2 else None
         dx, dh0, dc0, dweights = backward[cell](
             dy, dh_n, dc_n, x, h0, c0, weights, layers, CHUNK, y, saved, masks, ops.tf32(x)
         )

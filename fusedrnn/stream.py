@@ -26,7 +26,8 @@ class Stream:
     The state is updated in place, and the results lie in the same memory, where the next call overwrites
     them (``clone()`` what is to be kept): on a CPU, after the first call with a shape, no tensor is
     allocated any more (but in float16). A result may be the next input, ``y = stream(y)``; it is copied
-    then. A stream is for one thread, and for the device and dtype that the module has when it is made.
+    then. A stream is for one thread, and for the device and dtype that the module has when it is made;
+    autocast doesn't change it.
     Under torch.compile a call gives new tensors. Pickled or copied, it takes the module along, and its
     state at that time.
 
@@ -47,9 +48,7 @@ class Stream:
         self.module, self.batch_size = module, batch_size
         self._advance = ops.advance[CELL[module.mode]]
         self._sizes_of_a_step = torch.tensor([batch_size], device="cpu")
-        widths = [module.proj_size or module.hidden_size]
-        if module.mode == "LSTM":
-            widths.append(module.hidden_size)
+        widths = [module.proj_size or module.hidden_size, module.hidden_size][: ops.STATES[CELL[module.mode]]]
         check_stored(module._weights())
         like = module._weights()[0].detach()
         sizes = [module.num_layers * batch_size * width for width in widths]
@@ -105,7 +104,7 @@ class Stream:
         parts = self._memory.split([layers * self.batch_size * width for width in widths])
         states = tuple([p.view(layers, self.batch_size, width) for p, width in zip(parts, widths, strict=True)])
         check_sizes(cell, x, states, weights, layers, x.shape[-2], x.dim())
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             sizes = self._sizes_of_a_step if is_step else None
             (y,), states = stack(cell, x, states, weights, sizes, layers, 1, 0.0)
             self._memory.copy_(torch.cat([s.flatten() for s in states]))

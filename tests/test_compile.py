@@ -192,6 +192,9 @@ def test_stream(name, options, device):
     streams[1].reset()
     assert torch.equal(compiled(x), runs[1](x))
     assert counter.frame_count <= 3
+    with torch.autocast(device.type, dtype=torch.bfloat16):  # changes nothing
+        found, expected = compiled(x), runs[1](x)
+    assert found.dtype == expected.dtype == torch.float32 and torch.equal(found, expected)
 
 
 def test_transforms_run_outside_of_the_graph(device):

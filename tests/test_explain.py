@@ -97,6 +97,10 @@ def test_layers_of_one_op():
     assert (layers(module, 65), layers(module.eval(), 65)) == (1, 3)
 
 
+def test_layers_with_ranges_run_one_by_one(ranges):
+    assert explanation._layers_of_one_op(fusedrnn.LSTM(4, 6, num_layers=3), 65) == 1
+
+
 def test_explain_needs_no_memory_for_the_steps():
     module = fusedrnn.GRU(4, 6)
     (many,), (few,) = fusedrnn.explain(module, (2**36, 1, 4)), fusedrnn.explain(module, (2**20, 1, 4))

@@ -25,6 +25,8 @@ from helpers import (
     with_torch_nn,
 )
 
+from fusedrnn import ops
+
 # ---- nothing to do -------------------------------------------------------------------------------
 
 
@@ -117,6 +119,9 @@ def test_state_gradients_without_states(name, device, capability):
     needs = 6 if case.cell == "lstm" else 2
     backward = layer_backward_op(case.cell)
     _, dh0, dc0, _ = backward(*gradients, *without.arguments(), y, gates, cells, needs)
+    arguments = (*gradients, *without.arguments(), y, gates, cells)
+    fake = [r.shape for r in ops._fake_backward(case.cell, *arguments, needs)[:3]]
+    assert fake == [r.shape for r in backward(*arguments, needs)[:3]]
     found = {"dh0": dh0, "dc0": dc0} if case.cell == "lstm" else {"dh0": dh0}
     assert_close_to_reference(found, None, {n: expected[n] for n in found})
 

@@ -147,6 +147,19 @@ def test_copies_and_pickles(name, kind):
     assert all(p is q for p, q in zip(shallow.parameters(), module.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("name, kind", LAYERS + CELLS)
+def test_pickle_has_no_more_than_torch_nns(name, kind):
+    """A restricted unpickler that is told of the class takes the module."""
+    globals_in = []
+    for namespace in (fusedrnn, torch.nn):
+        buffer = io.BytesIO()
+        torch.save(build(namespace, name, **kind), buffer)
+        buffer.seek(0)
+        found = torch.serialization.get_unsafe_globals_in_checkpoint(buffer)
+        globals_in.append({path.rpartition(".")[2] for path in found})
+    assert globals_in[0] == globals_in[1]
+
+
 def test_deepcopy_after_a_forward_and_weight_changes():
     """The issue of weights held outside of the parameters: a copy must not share them."""
     module = build(fusedrnn, "LSTM")
