@@ -11,7 +11,7 @@ SEED ?= 0
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := pyproject.toml setup.py $(wildcard tools/*.py csrc/*.* csrc/*/*.*)
-CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh tests/cuda_host/* tests/amx_host/* examples/*.cpp)
+CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh tests/cuda_host/* tests/amx_host/* examples/*.cpp tools/*.cpp)
 CUDA_HOST := tests/test_ops.py tests/test_ops_edges.py tests/test_cuda.py tests/test_stack.py
 AMX := tests/test_amx.py tests/test_ops.py tests/test_ops_edges.py tests/test_threads.py
 SANITIZERS = $(foreach name,asan stdc++,$(shell $(CXX) -print-file-name=lib$(name).so))

@@ -175,8 +175,6 @@ def cuda_arch_flags(archs: list[str]) -> list[str]:
 
 def find_nvcc(compiler: Compiler) -> Nvcc | str:
     """nvcc and the architectures to build for, or why there is none."""
-    if os.environ.get("FUSEDRNN_CUDA") == "0":
-        return "FUSEDRNN_CUDA=0"
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     places = [f"{home}/bin"] if home else [os.environ.get("PATH", ""), "/usr/local/cuda/bin"]
     path = next((found for place in places if (found := shutil.which("nvcc", path=place))), None)

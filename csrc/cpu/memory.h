@@ -11,7 +11,8 @@ struct Memory {
   size_t size = 0;
 };
 
-// How much the whole process keeps at most. The system may take the pages back whenever it is short of memory.
+// How much the whole process keeps at most. Of large pieces the system may take the pages back when it is short of
+// memory.
 constexpr size_t kept_bytes = size_t(512) << 20;
 
 // At least so many bytes, uninitialised, aligned to 64 bytes, or, if there are several of them, to huge pages. Throws
