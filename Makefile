@@ -50,7 +50,7 @@ $(VENV)/.test $(VENV)/.integration $(VENV)/.bench $(VENV)/.dev $(VENV)/.docs: $(
 	touch $@
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 integration: $(VENV)/.integration
 	$(BIN)/python -m pytest tests/integration $(ARGS)
