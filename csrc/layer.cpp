@@ -79,11 +79,12 @@ void check_storage(const char* name, const Tensor& t) {
 }
 
 Layer Layer::check(const Tensor& x, const MaybeTensor& h0, const MaybeTensor& c0, const std::vector<Tensor>& weights,
-                   const MaybeTensor& batch_sizes, int64_t directions, bool step, int64_t gates, int64_t saved,
-                   bool has_c) {
+                   const MaybeTensor& batch_sizes, int64_t directions, int64_t layers, bool step, int64_t gates,
+                   int64_t saved, bool has_c) {
   STD_TORCH_CHECK(directions == 1 || directions == 2, "fusedrnn: directions: expected 1 or 2, got ", directions);
+  STD_TORCH_CHECK(layers > 0, "fusedrnn: layers: expected 1 or more, got ", layers);
   Layer l{};
-  l.directions = directions, l.gates = gates, l.has_c = has_c;
+  l.directions = directions, l.layers = layers, l.gates = gates, l.has_c = has_c;
   l.packed = step || batch_sizes;
   l.step = step;
   l.dtype = x.scalar_type();
@@ -111,11 +112,11 @@ Layer Layer::check(const Tensor& x, const MaybeTensor& h0, const MaybeTensor& c0
     for (size_t t = 0; t < l.offset.size(); ++t) l.offset[t] = int64_t(t) * l.N;
   }
 
-  const int64_t count = int64_t(weights.size()), each = count / directions;
-  STD_TORCH_CHECK(count % directions == 0 && each >= 2 && each <= 5,
-                  "fusedrnn: weights: expected 2 to 5 tensors for each "
-                  "of the ",
-                  directions, " directions (w_ih, w_hh, b_ih, b_hh, w_hr), got ", count);
+  // Directions and layers: of one thing or the other there is but one.
+  const int64_t parts = std::max(directions, layers), count = int64_t(weights.size()), each = count / parts;
+  STD_TORCH_CHECK(count % parts == 0 && each >= 2 && each <= 5, "fusedrnn: weights: expected 2 to 5 tensors for each ",
+                  "of the ", parts, layers > 1 ? " layers" : " directions", " (w_ih, w_hh, b_ih, b_hh, w_hr), got ",
+                  count);
   l.weights_per_direction = each, l.bias = each >= 4, l.projected = each % 2 == 1;
   STD_TORCH_CHECK(has_c || !l.projected, "fusedrnn: weights: only the LSTM has a projection (w_hr), got ", each,
                   " weights per direction");
@@ -129,9 +130,9 @@ Layer Layer::check(const Tensor& x, const MaybeTensor& h0, const MaybeTensor& c0
     l.P = weights[each - 1].size(0);
   }
   l.saved = saved + l.projected;
-  for (int64_t d = 0; d < directions; ++d) {
-    const Tensor* w = weights.data() + d * each;
-    check_tensor("w_ih", w[0], {gates * l.H, l.I}, x, l.dtype);
+  for (int64_t i = 0; i < parts; ++i) {
+    const Tensor* w = weights.data() + i * each;
+    check_tensor("w_ih", w[0], {gates * l.H, i < directions ? l.I : l.P}, x, l.dtype);
     check_tensor("w_hh", w[1], {gates * l.H, l.P}, x, l.dtype);
     if (l.bias) check_tensor("b_ih", w[2], {gates * l.H}, x, l.dtype);
     if (l.bias) check_tensor("b_hh", w[3], {gates * l.H}, x, l.dtype);
@@ -142,8 +143,8 @@ Layer Layer::check(const Tensor& x, const MaybeTensor& h0, const MaybeTensor& c0
     check_tensor("h", h0, {l.N, l.P}, x, l.dtype);
     check_tensor("c", c0, {l.N, l.H}, x, l.dtype);
   } else {
-    check_tensor("h0", h0, {directions, l.N, l.P}, x, l.dtype);
-    check_tensor("c0", c0, {directions, l.N, l.H}, x, l.dtype);
+    check_tensor("h0", h0, {parts, l.N, l.P}, x, l.dtype);
+    check_tensor("c0", c0, {parts, l.N, l.H}, x, l.dtype);
   }
   return l;
 }
@@ -168,15 +169,14 @@ void Layer::check_backward(const MaybeTensor& dy, const MaybeTensor& dh_n, const
   check_tensor("dcells", dcells, {rows, directions, H}, y, accumulator());
 }
 
-// Whether the first and last bytes of two tensors say that they may share some.
-static bool overlap(const Tensor& a, const Tensor& b) {
+bool overlap(const Tensor& a, const Tensor& b) {
   if (a.numel() == 0 || b.numel() == 0) return false;
   const auto begin = [](const Tensor& t) { return static_cast<const char*>(t.data_ptr()); };
   const auto end = [&](const Tensor& t) { return begin(t) + extent(t) * int64_t(t.element_size()); };
   return begin(a) < end(b) && begin(b) < end(a);
 }
 
-void Layer::check_advance(const Tensor& x, const Tensor& h, const MaybeTensor& c, const Tensor& y) const {
+void Layer::check_advance(const Tensor& h, const MaybeTensor& c, const Tensor& y) const {
   STD_TORCH_CHECK(c.has_value() == has_c, "fusedrnn: c: expected ", has_c ? "a tensor" : "None, this cell has no c");
   if (packed)
     check_tensor("y", y, {rows, directions * P}, h, dtype);
@@ -184,7 +184,6 @@ void Layer::check_advance(const Tensor& x, const Tensor& h, const MaybeTensor& c
     check_tensor("y", y, {T, N, directions * P}, h, dtype);
   STD_TORCH_CHECK(h.is_contiguous() && (!c || c->is_contiguous()) && y.is_contiguous(),
                   "fusedrnn: h, c, y: expected contiguous tensors, as they are written to");
-  STD_TORCH_CHECK(!overlap(x, y), "fusedrnn: x, y: expected memory of their own, as x is read while y is written");
 }
 
 std::vector<int64_t> Layer::y_shape() const {

@@ -25,6 +25,7 @@ using MaybeTensor = std::optional<Tensor>;
 struct FUSEDRNN_EXPORT Layer {
   int64_t T, N, I, H, P, rows;       // steps, batch, input size, hidden size, size of h per direction, rows of x
   int64_t directions, gates, saved;  // saved: slots of the gates tensor per unit
+  int64_t layers;                    // 1 but in a stack; its states and weights are one layer's after the other's
   int64_t weights_per_direction;
   bool has_c, bias, projected, packed;
   bool step;  // of a cell: x is [N, I], and the states have no dimension for directions
@@ -34,18 +35,23 @@ struct FUSEDRNN_EXPORT Layer {
   template <class Cell>
   static Layer of(const Tensor& x, const MaybeTensor& h0, const MaybeTensor& c0, const std::vector<Tensor>& weights,
                   const MaybeTensor& batch_sizes, int64_t directions) {
-    return check(x, h0, c0, weights, batch_sizes, directions, false, Cell::gates, Cell::saved, Cell::has_c);
+    return check(x, h0, c0, weights, batch_sizes, directions, 1, false, Cell::gates, Cell::saved, Cell::has_c);
+  }
+  template <class Cell>
+  static Layer of_stack(const Tensor& x, const MaybeTensor& h0, const MaybeTensor& c0,
+                        const std::vector<Tensor>& weights, const MaybeTensor& batch_sizes, int64_t layers) {
+    return check(x, h0, c0, weights, batch_sizes, 1, layers, false, Cell::gates, Cell::saved, Cell::has_c);
   }
   template <class Cell>
   static Layer of_step(const Tensor& x, const Tensor& h, const MaybeTensor& c, const std::vector<Tensor>& weights) {
-    return check(x, h, c, weights, {}, 1, true, Cell::gates, Cell::saved, Cell::has_c);
+    return check(x, h, c, weights, {}, 1, 1, true, Cell::gates, Cell::saved, Cell::has_c);
   }
   // The arguments of the backward op beyond the forward op's.
   void check_backward(const MaybeTensor& dy, const MaybeTensor& dh_n, const MaybeTensor& dc_n,
                       const MaybeTensor& dcells, const Tensor& y, const Tensor& gates, const Tensor& cells) const;
 
   // The results that an advance op writes; h and c are its states as well.
-  void check_advance(const Tensor& x, const Tensor& h, const MaybeTensor& c, const Tensor& y) const;
+  void check_advance(const Tensor& h, const MaybeTensor& c, const Tensor& y) const;
 
   std::vector<int64_t> y_shape() const;
   std::vector<int64_t> h_shape() const;
@@ -57,12 +63,15 @@ struct FUSEDRNN_EXPORT Layer {
 
  private:
   static Layer check(const Tensor& x, const MaybeTensor& h0, const MaybeTensor& c0, const std::vector<Tensor>& weights,
-                     const MaybeTensor& batch_sizes, int64_t directions, bool step, int64_t gates, int64_t saved,
-                     bool has_c);
+                     const MaybeTensor& batch_sizes, int64_t directions, int64_t layers, bool step, int64_t gates,
+                     int64_t saved, bool has_c);
 };
 
 // Raises a RuntimeError unless all of the tensor lies in its storage: one can be freed, or made smaller, under tensors.
 FUSEDRNN_EXPORT void check_storage(const char* name, const Tensor& t);
+
+// Whether the first and last bytes of two tensors say that they may share some.
+bool overlap(const Tensor& a, const Tensor& b);
 
 // Outputs of the ops.
 using ForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;        // y, h_n, c_n, gates, cells

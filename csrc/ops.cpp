@@ -17,7 +17,7 @@ STABLE_TORCH_LIBRARY(FUSEDRNN_NAMESPACE, m) {
               .c_str());
     m.def((cell + "_step(Tensor x, Tensor h, Tensor? c, Tensor[] weights) -> Tensor[]").c_str());
     m.def((cell + "_advance(Tensor x, Tensor(a!) h, Tensor(b!)? c, Tensor[] weights, Tensor? batch_sizes,"
-                  " int directions, Tensor(c!) y) -> ()")
+                  " int layers, Tensor(c!) y) -> ()")
               .c_str());
     m.def((cell + "_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dcells, Tensor x, Tensor? h0, Tensor? c0,"
                   " Tensor[] weights, Tensor? batch_sizes, int directions, Tensor y, Tensor gates, Tensor cells,"

@@ -26,9 +26,9 @@ Tensor[]`` is the forward op on a CPU without saving, and returns only ``y``, ``
 ``<cell>_step(Tensor x, Tensor h, Tensor? c, Tensor[] weights) -> Tensor[]`` is a cell's step without saving: ``x [N,
 I]``, ``h [N, P]`` and ``c [N, H]`` to the next ``h`` and the LSTM's ``c``.
 
-``<cell>_advance(Tensor x, Tensor(a!) h, Tensor(b!)? c, Tensor[] weights, Tensor? batch_sizes, int
-directions, Tensor(c!) y) -> ()`` is the forward op without saving and without allocation: the states,
-``h0`` and ``c0`` of the forward op, are updated in place, and ``y`` is written to.
+``<cell>_advance(Tensor x, Tensor(a!) h, Tensor(b!)? c, Tensor[] weights, Tensor? batch_sizes, int layers, Tensor(c!)
+y) -> ()`` runs a stack of layers of one direction without saving and without allocating tensors, out of autograd's
+sight: the states, ``h [L, N, P]`` and ``c [L, N, H]``, are updated in place, and the last layer's ``y`` is written to.
 
 ``<cell>_plan(Tensor like, int T, int N, int H, int P, int directions, bool backward, bool projected, int layers, bool
 tf32=False) -> (str name, str reason, int[] numbers)``, on a GPU alone, is for :func:`fusedrnn.explain`.
@@ -213,16 +213,23 @@ def _advance(
     c: Tensor | None,
     weights: Sequence[Tensor],
     batch_sizes: Tensor | None,
-    directions: int,
+    layers: int,
     y: Tensor,
 ) -> None:
     """An advance op by its forward op."""
-    y_, h_n, c_n, _, _ = forward[cell](x, h, c, weights, batch_sizes, directions, False, tf32(x))
-    _check("y", y, x, y_.shape)
-    y.copy_(y_)
-    h.copy_(h_n)
-    if c is not None:
-        c.copy_(c_n)
+    if layers < 1 or len(weights) % layers:
+        raise RuntimeError(f"fusedrnn: layers, weights: got {layers} and {len(weights)}")
+    count, finals = len(weights) // layers, []
+    with torch.no_grad():
+        for k in range(layers):
+            own = [None if s is None else s[k : k + 1] for s in (h, c)]
+            arguments = (x, *own, weights[k * count : (k + 1) * count], batch_sizes, 1, False, tf32(x))
+            x, *states = forward[cell](*arguments)[: 1 + STATES[cell]]
+            finals.append(states)
+        _check("y", y, x, x.shape)
+        y.copy_(x)
+        for state, new in zip([s for s in (h, c) if s is not None], zip(*finals, strict=True), strict=True):
+            state.copy_(torch.cat(new))
 
 
 def _fake_segments(
@@ -278,7 +285,9 @@ advance = {cell: getattr(torch.ops.fusedrnn, f"{cell}_advance").default._op for 
 backward = {cell: getattr(torch.ops.fusedrnn, f"{cell}_backward").default for cell in CELLS}
 segments = torch.ops.fusedrnn.segments.default
 torch.library.register_fake("fusedrnn::segments", _fake_segments)
+_library = torch.library.Library("fusedrnn", "IMPL")
 for _cell in CELLS:
+    _library.impl(f"{_cell}_advance", torch.library.fallthrough_kernel, "Autograd")
     torch.library.register_fake(f"fusedrnn::{_cell}", partial(_fake_forward, _cell))
     torch.library.register_fake(f"fusedrnn::{_cell}_backward", partial(_fake_backward, _cell))
     torch.library.register_fake(f"fusedrnn::{_cell}_inference", partial(_inference, _cell))

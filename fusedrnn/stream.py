@@ -52,7 +52,7 @@ class Stream:
         check_stored(module._weights())
         like = module._weights()[0].detach()
         sizes = [module.num_layers * batch_size * width for width in widths]
-        self._memory, self._before = like.new_zeros(2, sum(sizes))  # of all states, and of their copies
+        self._memory = like.new_zeros(sum(sizes))  # of all states
         parts = zip(self._memory.split(sizes), widths, strict=True)
         self._states = tuple([part.view(module.num_layers, batch_size, width) for part, width in parts])
         self._shape: torch.Size | None = None  # of the input for which there are results
@@ -75,24 +75,9 @@ class Stream:
             return self._traced(input)
         if input.shape != self._shape:
             self._prepare(input)
-        is_step = input.dim() == 2
-        x = input.transpose(0, 1) if self.module.batch_first and not is_step else input
-        if torch._C._is_alias_of(x, self._layers[0][2]):  # type: ignore[attr-defined]
-            x = x.clone()  # it would be overwritten while it is read
-        sizes = self._sizes_of_a_step if is_step else None
-        weights = self.module._weights()
-        count = len(weights) // len(self._layers)
-        with torch.no_grad():
-            if len(self._layers) > 1:
-                self._before.copy_(self._memory)
-            try:
-                for k, (h, c, y) in enumerate(self._layers):
-                    self._advance(x, h, c, weights[k * count : (k + 1) * count], sizes, 1, y)
-                    x = y
-            except Exception:
-                if len(self._layers) > 1:  # some are a step further than the others
-                    self._memory.copy_(self._before)
-                raise
+        x = input.transpose(0, 1) if self._transposed else input
+        module = self.module
+        self._advance(x, self._h, self._c, module._weights(), self._sizes, module.num_layers, self._y)
         return self._result
 
     def _traced(self, input: Tensor) -> Tensor:
@@ -111,20 +96,18 @@ class Stream:
         return y.transpose(0, 1) if self.module.batch_first and not is_step else y
 
     def _prepare(self, input: Tensor) -> None:
-        """Checks the shape of the input, and makes the results for it and the views of the states."""
+        """Checks the shape of the input, and makes what a call with it needs."""
         if input.dim() not in (2, 3):
             raise ValueError(f"Stream: Expected input to be 2D or 3D, got {input.dim()}D instead")
-        chunk = input.dim() == 3
-        x = input.transpose(0, 1) if self.module.batch_first and chunk else input
-        weights, rows = self.module._weights(), self.module.num_layers
-        check_sizes(CELL[self.module.mode], x, self._states, weights, rows, x.shape[-2], x.dim())
-        h = self._states[0]
-        results = [h.new_empty(*x.shape[:-1], h.shape[-1]) for _ in range(rows)]
-        self._layers = [
-            (*(s[k : k + 1] for s in self._states), *(() if len(self._states) == 2 else (None,)), results[k])
-            for k in range(rows)
-        ]
-        self._result = results[-1].transpose(0, 1) if self.module.batch_first and chunk else results[-1]
+        is_step = input.dim() == 2
+        self._transposed = self.module.batch_first and not is_step
+        self._sizes = self._sizes_of_a_step if is_step else None
+        x = input.transpose(0, 1) if self._transposed else input
+        weights, layers = self.module._weights(), self.module.num_layers
+        check_sizes(CELL[self.module.mode], x, self._states, weights, layers, x.shape[-2], x.dim())
+        self._h, self._c = (*self._states, None)[:2]
+        self._y = self._h.new_empty(*x.shape[:-1], self._h.shape[-1])
+        self._result = self._y.transpose(0, 1) if self._transposed else self._y
         self._shape = input.shape
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -51,7 +51,8 @@ class OpCall:
         torch.set_num_threads(self.threads)
         op = getattr(torch.ops.fusedrnn, self.op if self.op == "segments" else self.case.cell + self.op).default
         names = [a.name for a in op._schema.arguments]
-        values = self.segments() if self.op == "segments" else self.stack() if "stack" in self.op else self.layer()
+        stacked = self.op in ("_stack", "_stack_backward", "_advance")
+        values = self.segments() if self.op == "segments" else self.stack() if stacked else self.layer()
         given = spoil({name: values[name] for name in names}, self.mistakes)
         written = [given.get(name) for name in ("h", "c", "y")] if self.op == "_advance" else []
         written = [t for t in written if t is not None]
@@ -72,23 +73,30 @@ class OpCall:
         inputs, (dy, dh_n, dc_n, _) = make_inputs(case, seed=seed), make_gradients(case, seed=seed + 1)
         y, h_n, c_n, gates, cells = layer_op(case.cell)(*inputs.arguments(), True)
         x, h0, c0, weights, batch_sizes, directions = inputs.arguments()
-        if self.op in ("_step", "_advance"):
-            y, h0 = torch.zeros_like(y), torch.zeros_like(h_n) if h0 is None else h0
-            c0 = torch.zeros_like(c_n) if c0 is None and case.cell == "lstm" else c0
         if self.op == "_step":
+            h0 = torch.zeros_like(h_n) if h0 is None else h0
+            c0 = torch.zeros_like(c_n) if c0 is None and case.cell == "lstm" else c0
             return {"x": x[0], "h": h0[0], "c": None if c0 is None else c0[0], "weights": weights}
-        values = {"x": x, "h0": h0, "c0": c0, "h": h0, "c": c0, "weights": weights, "batch_sizes": batch_sizes}
+        values = {"x": x, "h0": h0, "c0": c0, "weights": weights, "batch_sizes": batch_sizes}
         values |= {"directions": directions, "save": self.save, "every_c": self.save, "recompute": True, "tf32": False}
         values |= {"dy": dy, "dh_n": dh_n, "dc_n": dc_n, "dcells": None if dc_n is None else torch.ones_like(cells)}
         return {**values, "y": y, "gates": gates, "cells": cells, "needs": needs_of(inputs)}
 
     def stack(self) -> dict[str, Any]:
-        first = self.case.but(lengths=None, directions=1)
+        first = self.case.but(directions=1)
+        if self.op != "_advance":
+            first = first.but(lengths=None)
         every = [first] + [first.but(I=first.output)] * (self.layers - 1)
         inputs = [make_inputs(c, seed=self.seed + k) for k, c in enumerate(every)]
         together = lambda states: None if states[0] is None else torch.cat(states)  # noqa: E731
         values = {"x": inputs[0].x, "h0": together([i.h0 for i in inputs]), "c0": together([i.c0 for i in inputs])}
-        values |= {"weights": [w for i in inputs for w in i.weights], "layers": self.layers, "chunk": 64, "save": True}
+        values |= {"weights": [w for i in inputs for w in i.weights], "layers": self.layers}
+        if self.op == "_advance":
+            y, h_n, c_n, _, _ = layer_op(first.cell)(*inputs[0].arguments(), False)  # of these shapes
+            state = lambda given, n: n.repeat(self.layers, 1, 1) if given is None else given  # noqa: E731
+            values |= {"h": state(values["h0"], h_n), "c": state(values["c0"], c_n) if c_n.dim() == 3 else None}
+            return {**values, "batch_sizes": inputs[0].batch_sizes, "y": torch.zeros_like(y)}
+        values |= {"chunk": 64, "save": True}
         y, h_n, c_n, saved = getattr(torch.ops.fusedrnn, first.cell + "_stack")(**values)
         values |= {"y": y, "saved": saved, "needs": [needs_of(i) for i in inputs], "tf32": False}
         values |= {"save": self.save, "dy": torch.ones_like(y), "dh_n": h_n}
@@ -118,6 +126,7 @@ class OpCall:
         if self.op == "_advance":
             found = [t for t in (given["y"], given["h"], given["c"]) if t is not None]
             states = (*[t.double() for t in before[:-1]], None)[:2]
+            expected = self.advanced(x, states, weights, given["batch_sizes"], given["layers"])
         elif self.op == "_step":
             x, states = x[None], [None if given[name] is None else given[name].double()[None] for name in ("h", "c")]
             found = [results[0][None], *[t[None] for t in results]]  # y is h
@@ -129,11 +138,21 @@ class OpCall:
             return
         else:
             return
-        expected = getattr(reference, self.case.cell)(
-            x, *states, weights, given.get("batch_sizes"), given.get("directions", 1)
-        )
+        if self.op != "_advance":
+            sizes, directions = given.get("batch_sizes"), given.get("directions", 1)
+            expected = getattr(reference, self.case.cell)(x, *states, weights, sizes, directions)
         if all(e.abs().max() < torch.finfo(t.dtype).max for t, e in zip(found, expected, strict=False) if t.numel()):
             close(found, list(expected[: len(found)]), self)
+
+    def advanced(self, x: Tensor, states: Any, weights: list[Tensor], batch_sizes: Tensor | None, layers: int) -> Any:
+        """A stack's outputs, and states, by the reference."""
+        each, finals = len(weights) // layers, []
+        for k in range(layers):
+            own = [None if s is None else s[k : k + 1] for s in states]
+            of_layer = weights[k * each : (k + 1) * each]
+            x, *new = getattr(reference, self.case.cell)(x, *own, of_layer, batch_sizes, 1)
+            finals.append(new)
+        return x, torch.cat([f[0] for f in finals]), torch.cat([f[1] for f in finals])
 
     def check_gradients(self, given: dict[str, Any], results: Any) -> None:
         if self.case.dtype not in (torch.float32, torch.float64):

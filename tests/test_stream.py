@@ -164,7 +164,7 @@ def test_nothing_is_allocated(name, shape, device):
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
         for _ in range(5):
             assert stream(x).data_ptr() == y.data_ptr()
-    assert sum(event.count for event in trace.key_averages() if event.key.startswith("fusedrnn::")) == 10
+    assert sum(event.count for event in trace.key_averages() if event.key.startswith("fusedrnn::")) == 5
     assert all(event.self_cpu_memory_usage == 0 for event in trace.key_averages())
 
 
@@ -195,21 +195,39 @@ def test_errors(device):
 # ---- the ops -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{}, {"directions": 2}, {"lengths": (5, 3, 3, 1), "directions": 2}], ids=str)
+@pytest.mark.parametrize("layers", [1, 2, 3])
+@pytest.mark.parametrize("options", [{}, {"lengths": (5, 3, 3, 1)}], ids=str)
 @pytest.mark.parametrize("name", VARIANTS)
-def test_advance_op(name, options, device, capability):
-    """As the forward op, in place, to the bit; by opcheck's rules."""
+def test_advance_op(name, options, layers, device, capability):
+    """As the forward op layer by layer, in place, to the bit; by opcheck's rules."""
     case = variant(name, **options)
-    inputs = make_inputs(case, device)
-    x, h0, c0, weights, batch_sizes, directions = inputs.arguments()
-    expected = layer_op(case.cell)(*inputs.arguments(), False)
-    h, c, y = h0.clone(), None if c0 is None else c0.clone(), torch.full_like(expected[0], 7)
+    cases = [case] + [case.but(I=case.output)] * (layers - 1)
+    inputs = [make_inputs(one, device, seed=k) for k, one in enumerate(cases)]
+    x, batch_sizes, weights = inputs[0].x, inputs[0].batch_sizes, [w for one in inputs for w in one.weights]
+    y, finals = x, []
+    for one in inputs:
+        y, *states = layer_op(case.cell)(y, one.h0, one.c0, one.weights, batch_sizes, 1, False)
+        finals.append(states)
+    h, c = torch.cat([i.h0 for i in inputs]), None if inputs[0].c0 is None else torch.cat([i.c0 for i in inputs])
+    found = torch.full_like(y, 7)
     op = getattr(torch.ops.fusedrnn, f"{case.cell}_advance").default
-    torch.library.opcheck(op, (x, h.clone(), None if c is None else c.clone(), weights, batch_sizes, directions, y))
-    op(x, h, c, weights, batch_sizes, directions, y)
-    assert torch.equal(y, expected[0])
-    assert torch.equal(h, expected[1])
-    assert c is None or torch.equal(c, expected[2])
+    copies = [t if t is None else t.clone() for t in (h, c)]
+    torch.library.opcheck(op, (x, *copies, weights, batch_sizes, layers, found.clone()))
+    op(x, h, c, weights, batch_sizes, layers, found)
+    assert torch.equal(found, y)
+    assert torch.equal(h, torch.cat([states[0] for states in finals]))
+    assert c is None or torch.equal(c, torch.cat([states[1] for states in finals]))
+
+
+def test_advance_op_is_out_of_autograd(device):
+    """It neither records nor minds that its arguments could be."""
+    module = module_of("gru", device)
+    x = torch.randn(T, N, I, dtype=torch.float64, device=device, requires_grad=True)
+    h, y = x.new_zeros(1, N, H), x.new_empty(T, N, H)
+    torch.ops.fusedrnn.gru_advance(x, h, None, list(module.parameters()), None, 1, y)
+    assert not y.requires_grad
+    assert not h.requires_grad
+    torch.testing.assert_close(y, module(x)[0])
 
 
 def test_weights_without_memory():
@@ -224,12 +242,10 @@ def test_advance_op_refuses(name, device):
     if device.type != "cpu":
         pytest.skip("on a GPU it runs the forward op")
     case = variant(name)
-    x, h, c, weights, batch_sizes, directions = make_inputs(case, device).arguments()
+    x, h, c, weights, batch_sizes, layers = make_inputs(case, device).arguments()
     y = x.new_zeros(case.T, case.N, case.H)
     op = getattr(torch.ops.fusedrnn, f"{name}_advance").default
-    shared = x.new_zeros(x.numel() + y.numel())
     wrong = [
-        ({"x": shared[: x.numel()].view_as(x), "y": shared[1 : 1 + y.numel()].view_as(y)}, "memory of their own"),
         ({"y": y[:, :, 1:]}, "y: expected shape"),
         ({"y": y.double()}, "y: expected dtype"),
         ({"y": y.transpose(0, 1).contiguous().transpose(0, 1)}, "contiguous"),
@@ -237,8 +253,12 @@ def test_advance_op_refuses(name, device):
         ({"h": h[:, :1].expand(h.shape)}, "contiguous"),
         ({"h": h[:, 1:]}, "h0: expected shape"),
         ({"c": None} if name == "lstm" else {"c": h}, "c0?: expected"),
+        ({"layers": 0}, "layers: expected 1 or more, got 0"),
+        ({"layers": 3}, "weights: expected 2 to 5 tensors for each of the 3 layers"),
+        ({"layers": 2, "weights": weights * 2}, rf"w_ih: expected shape \[{weights[1].shape[0]}, {case.H}\]"),
+        ({"layers": 2, "weights": [*weights, weights[1], *weights[1:]]}, r"h0: expected shape \[2, "),
     ]
-    good = {"x": x, "h": h, "c": c, "weights": weights, "sizes": batch_sizes, "directions": directions, "y": y}
+    good = {"x": x, "h": h, "c": c, "weights": weights, "sizes": batch_sizes, "layers": layers, "y": y}
     for change, message in wrong:
         with pytest.raises(RuntimeError, match=message):
             op(*{**good, **change}.values())

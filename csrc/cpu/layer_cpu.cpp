@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "../tensors.h"
+#include "arena.h"
 #include "kept_tensor.h"
 #include "kernels.h"
 #include "plan.h"
@@ -106,14 +107,42 @@ std::vector<Tensor> infer(const Layer& l, const Tensor& x, const MaybeTensor& h0
   return l.has_c ? std::vector<Tensor>{y, h_n, c_n} : std::vector<Tensor>{y, h_n};
 }
 
-// The states are both where the kernel begins and what it leaves: it reads an entry's before it writes it.
+// Layer by layer, with each one's new states and its output (but the last one's) in scratch memory. The states are
+// written when all is done, so that an error leaves them as they were.
 template <class Cell, class S>
-void advance(const Layer& l, const Tensor& x, const Tensor& h, const MaybeTensor& c, const std::vector<Tensor>& weights,
-             const Tensor& y) {
-  if (!nothing_to_do(l))
-    run_forward<Cell, S>(l, dense_columns(x), h, c, dense(weights), false, {y, h, c ? *c : h, h, h});
-  else if (l.rows > 0)
-    copy_or_zero(y, {}), copy_or_zero(h, {});
+void advance(const Layer& l, const Tensor& x_, const Tensor& h, const MaybeTensor& c,
+             const std::vector<Tensor>& weights_, const Tensor& y) {
+  if (nothing_to_do(l)) {
+    if (l.rows > 0) copy_or_zero(y, {}), copy_or_zero(h, {});
+    return;
+  }
+  const Tensor x = overlap(x_, y) ? torch::stable::clone(x_) : dense_columns(x_);  // x may be an earlier result
+  const std::vector<Tensor> weights = dense(weights_);
+  const int64_t h_size = l.N * l.P, c_size = l.has_c ? l.N * l.H : 0, y_size = l.rows * l.P;
+  S *h_n, *c_n, *between[2];
+  Arena arena;
+  arena.allocate([&](Arena& scratch) {
+    h_n = scratch.take<S>(l.layers * h_size);
+    c_n = scratch.take<S>(l.layers * c_size);
+    for (int i = 0; i < 2; ++i) between[i] = scratch.take<S>(i + 1 < l.layers ? y_size : 0);
+  });
+  for (int64_t i = 0; i < l.layers; ++i) {
+    Forward<S> p = {.shape = shape_of(l, false),
+                    .weights = weights_of<S>(l, weights, i),
+                    .x = i == 0 ? strided_rows<S>(l, x) : Rows<const S>{between[(i - 1) % 2], l.P},
+                    .h0 = data<const S>(h) + i * h_size,
+                    .c0 = offset(data<const S>(c), i * c_size),
+                    .y = {i + 1 < l.layers ? between[i % 2] : data<S>(y), l.P},
+                    .h_n = h_n + i * h_size,
+                    .c_n = c_n + i * c_size,
+                    .save = false,
+                    .gates = {},
+                    .cells = {}};
+    if (i > 0) p.shape.I = l.P;
+    cpu_kernels().of<S>(kind_of<Cell>()).forward(&p, 1, threads_for(l));
+  }
+  std::copy_n(h_n, l.layers * h_size, data<S>(h));
+  if (c) std::copy_n(c_n, l.layers * c_size, data<S>(c));
 }
 
 template <class Cell, class S>
@@ -223,9 +252,9 @@ std::vector<Tensor> step_op(const Tensor& x, const Tensor& h, const MaybeTensor&
 
 template <class Cell>
 void advance_op(const Tensor& x, Tensor h, std::optional<Tensor> c, const std::vector<Tensor>& weights,
-                const MaybeTensor& batch_sizes, int64_t directions, Tensor y) {
-  Layer l = Layer::of<Cell>(x, h, c, weights, batch_sizes, directions);
-  l.check_advance(x, h, c, y);
+                const MaybeTensor& batch_sizes, int64_t layers, Tensor y) {
+  Layer l = Layer::of_stack<Cell>(x, h, c, weights, batch_sizes, layers);
+  l.check_advance(h, c, y);
   if (l.dtype == ScalarType::Double) return advance<Cell, double>(l, x, h, c, weights, y);
   if (l.dtype == ScalarType::BFloat16) return advance<Cell, bf16>(l, x, h, c, weights, y);
   if (l.dtype == ScalarType::Float) return advance<Cell, float>(l, x, h, c, weights, y);

@@ -48,12 +48,10 @@ struct Matrix {
     const int n = unit_vectors(panel);
     Acc<S>* s = start + panel * width();
     for (int u = 0; u < n; ++u)
-      for (int g = 0; g < gates; ++g, s += w)
-        for (int lane = 0; lane < w; ++lane) {
-          const int64_t unit = first_unit(panel) + u * w + lane;
-          const bool real = bias && unit < units;
-          s[lane] = real ? load(bias + g * units + unit, 1)[0] : 0;
-        }
+      for (int g = 0; g < gates; ++g, s += w) {
+        const int64_t unit = first_unit(panel) + u * w;
+        store(s, bias ? load(bias + g * units + unit, std::min<int64_t>(w, units - unit)) : AccVec<S>{});
+      }
     if (!packed) return;
     S* p = panels + panel * width() * padded_K();
     for (int u = 0; u < n; ++u)
@@ -121,23 +119,13 @@ struct Matrix {
   }
 
   void dot_panel(int64_t panel, int m, const S* a, int64_t lda, const Acc<S>* s, Acc<S>* out, int64_t ldo) const {
-    static constexpr void (*dots[max_dot_rows])(int64_t, const S*, int64_t, const S* const*, Acc<S>*, int64_t) = {
-        dot_tile<S, 1>, dot_tile<S, 2>, dot_tile<S, 3>, dot_tile<S, 4>};
-    const int n = unit_vectors(panel);
-    for (int v = 0; v < n * gates; ++v) {
-      const int u = v / gates, g = v % gates;
-      const int64_t unit = first_unit(panel) + u * w;
-      const int64_t last = std::min<int64_t>(w, units - unit) - 1;
-      const S* row = rows + (g * units + unit) * K;
-      for (int r = 0; r <= last; r += dot_weight_rows<S>) {
-        const S* some[dot_weight_rows<S>];
-        for (int i = 0; i < dot_weight_rows<S>; ++i) some[i] = row + std::min<int64_t>(r + i, last) * K;
-        dots[m - 1](K, a, lda, some, out + v * w + r, ldo);
-      }
-      for (int i = 0; i < m; ++i) {
-        Acc<S>* o = out + i * ldo + v * w;
-        store(o, load(o) + load(s + v * w));
-      }
+    static constexpr void (*dots[max_dot_rows])(int64_t, int64_t, const S*, int64_t, const S*, int64_t, const Acc<S>*,
+                                                Acc<S>*, int64_t) = {dot_rows<S, 1>, dot_rows<S, 2>, dot_rows<S, 3>,
+                                                                     dot_rows<S, 4>};
+    for (int v = 0; v < unit_vectors(panel) * gates; ++v) {
+      const int64_t unit = first_unit(panel) + v / gates * w, count = std::min<int64_t>(w, units - unit);
+      for (int i = 0; i < m && count < w; ++i) store(out + i * ldo + v * w, load(s + v * w));  // for the other lanes
+      dots[m - 1](count, K, a, lda, rows + (v % gates * units + unit) * K, K, s + v * w, out + v * w, ldo);
     }
   }
 };

@@ -4,6 +4,7 @@
 // on how rows and columns were divided into tiles and threads.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <utility>
 
@@ -120,29 +121,46 @@ FUSEDRNN_INLINE void for_tiles(int64_t rows, int most, F f) {
   }
 }
 
-// out[m][r] = dot(a[m, :K], w[r, :K]) for M rows of a and a few rows of w, both contiguous along K: for few rows of a,
-// where packing w would cost more than the product.
-template <class S>
-inline constexpr int dot_weight_rows = lanes<S> < 4 ? lanes<S> : 4;
-constexpr int max_dot_rows = 4;
-
-template <class S, int M>
-void dot_tile(int64_t K, const S* a, int64_t lda, const S* const* w, Acc<S>* out, int64_t ldo) {
+// out[m][r] = start[r] + dot(a[m, :K], w[r, :K]) for M rows of a and R rows of w, both contiguous along K: for few rows
+// of a, where packing w would cost more than the product.
+template <class S, int M, int R>
+void dot_tile(int64_t K, const S* a, int64_t lda, const S* w, int64_t ldw, const Acc<S>* start, Acc<S>* out,
+              int64_t ldo) {
   constexpr int block = lanes<S> * k_step<S>;
-  AccVec<S> acc[M][dot_weight_rows<S>]{};
+  AccVec<S> acc[M][R]{};
   const auto add = [&](int64_t k, int64_t n) __attribute__((always_inline)) {
-    Operand<S> wk[dot_weight_rows<S>];
-    for (int r = 0; r < dot_weight_rows<S>; ++r) wk[r] = load_operand(w[r] + k, n);
-    for (int m = 0; m < M; ++m) {
-      const Operand<S> ak = load_operand(a + m * lda + k, n);
-      for (int r = 0; r < dot_weight_rows<S>; ++r) acc[m][r] = multiply_add<S>(acc[m][r], ak, wk[r]);
+    Operand<S> ak[M];
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) ak[m] = load_operand(a + m * lda + k, n);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const Operand<S> wk = load_operand(w + r * ldw + k, n);
+#pragma GCC unroll 16
+      for (int m = 0; m < M; ++m) acc[m][r] = multiply_add<S>(acc[m][r], ak[m], wk);
     }
   };
   int64_t k = 0;
   for (; k + block <= K; k += block) add(k, block);
   if (k < K) add(k, K - k);
-  for (int m = 0; m < M; ++m)
-    for (int r = 0; r < dot_weight_rows<S>; ++r) out[m * ldo + r] = sum(acc[m][r]);
+  for (int m = 0; m < M; ++m) {
+    const AccVec<S> all = sums<R, lanes<S> / 2>(acc[m], std::make_integer_sequence<int, lanes<S>>{});
+    if constexpr (R == lanes<S>)
+      store(out + m * ldo, all + load(start));
+    else
+      for (int r = 0; r < R; ++r) out[m * ldo + r] = all[r * (lanes<S> / R)] + start[r];
+  }
+}
+
+constexpr int max_dot_rows = 4;
+
+// dot_tile for any number of rows of w, R of them at a time and then fewer.
+template <class S, int M, int R = std::max(1, std::min(lanes<S>, 16 / (M == 3 ? 4 : M)))>
+void dot_rows(int64_t rows, int64_t K, const S* a, int64_t lda, const S* w, int64_t ldw, const Acc<S>* start,
+              Acc<S>* out, int64_t ldo) {
+  int64_t r = 0;
+  for (; r + R <= rows; r += R) dot_tile<S, M, R>(K, a, lda, w + r * ldw, ldw, start + r, out + r, ldo);
+  if constexpr (R > 1)
+    if (r < rows) dot_rows<S, M, R / 2>(rows - r, K, a, lda, w + r * ldw, ldw, start + r, out + r, ldo);
 }
 
 }  // namespace fusedrnn::FUSEDRNN_ISA

@@ -7,7 +7,7 @@
 #include <cstring>
 #include <utility>
 
-#ifdef __AVX512BF16__
+#ifdef __AVX__
 #include <immintrin.h>
 #endif
 
@@ -47,22 +47,53 @@ struct UnalignedOf {
 template <class V>
 using Unaligned = typename UnalignedOf<V>::type;
 
+// The first n elements of a V at p, the others 0. (A sanitizer sees only copies.)
+template <class V>
+FUSEDRNN_INLINE V load_first(const void* p, int64_t n) {
+  constexpr int size = sizeof(V{}[0]), count = sizeof(V) / size;
+  if (n == count) return *static_cast<const Unaligned<V>*>(p);
+#ifndef __SANITIZE_ADDRESS__
+#ifdef __AVX512BW__
+  const uint32_t mask = (uint32_t(1) << n) - 1;
+  if constexpr (sizeof(V) == 64 && size == 8) return (V)_mm512_maskz_loadu_epi64(__mmask8(mask), p);
+  if constexpr (sizeof(V) == 64 && size == 4) return (V)_mm512_maskz_loadu_epi32(__mmask16(mask), p);
+  if constexpr (sizeof(V) == 64 && size == 2) return (V)_mm512_maskz_loadu_epi16(__mmask32(mask), p);
+  if constexpr (sizeof(V) == 32 && size == 2) return (V)_mm256_maskz_loadu_epi16(__mmask16(mask), p);
+#endif
+#endif
+  V v{};
+  std::memcpy(&v, p, n * size);
+  return v;
+}
+
+// Stores the first n elements of v.
+template <class V>
+FUSEDRNN_INLINE void store_first(void* p, V v, int64_t n) {
+  constexpr int size = sizeof(v[0]), count = sizeof(V) / size;
+  if (n == count) {
+    *static_cast<Unaligned<V>*>(p) = v;
+    return;
+  }
+#if defined(__AVX512BW__) && !defined(__SANITIZE_ADDRESS__)
+  const uint32_t mask = (uint32_t(1) << n) - 1;
+  if constexpr (sizeof(V) == 64 && size == 8) return _mm512_mask_storeu_epi64(p, __mmask8(mask), (__m512i)v);
+  if constexpr (sizeof(V) == 64 && size == 4) return _mm512_mask_storeu_epi32(p, __mmask16(mask), (__m512i)v);
+  if constexpr (sizeof(V) == 32 && size == 2) return _mm256_mask_storeu_epi16(p, __mmask16(mask), (__m256i)v);
+#endif
+  std::memcpy(p, &v, n * size);
+}
+
 // Loads n elements, the other lanes are 0.
 template <class S>
 FUSEDRNN_INLINE AccVec<S> load(const S* p, int64_t n = lanes<S>) {
   constexpr int w = lanes<S>;
   if constexpr (std::is_same_v<S, bf16>) {
-    Vec<uint16_t, w> half{};
-    std::memcpy(&half, p, n == w ? sizeof(half) : n * sizeof(S));
-    const Vec<uint32_t, w> bits = __builtin_convertvector(half, Vec<uint32_t, w>) << 16;
+    const Vec<uint32_t, w> bits = __builtin_convertvector(load_first<Vec<uint16_t, w>>(p, n), Vec<uint32_t, w>) << 16;
     AccVec<S> v;
     std::memcpy(&v, &bits, sizeof(v));
     return v;
   } else {
-    if (n == w) return *reinterpret_cast<const Unaligned<AccVec<S>>*>(p);
-    AccVec<S> v{};
-    std::memcpy(&v, p, n * sizeof(S));
-    return v;
+    return load_first<AccVec<S>>(p, n);
   }
 }
 
@@ -70,22 +101,20 @@ FUSEDRNN_INLINE AccVec<S> load(const S* p, int64_t n = lanes<S>) {
 // zeros, as the one for products does.)
 template <class S>
 FUSEDRNN_INLINE void store(S* p, AccVec<S> v, int64_t n = lanes<S>) {
-  constexpr int w = lanes<S>;
   if constexpr (std::is_same_v<S, bf16>) {
+    constexpr int w = lanes<S>;
 #ifdef __AVX512BF16__
-    const __m256bh half = _mm512_cvtneps_pbh((__m512)v);
+    const auto half = (Vec<uint16_t, w>)_mm512_cvtneps_pbh((__m512)v);
 #else
     Vec<uint32_t, w> bits;
     std::memcpy(&bits, &v, sizeof(bits));
     const Vec<uint32_t, w> rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     const Vec<uint32_t, w> kept = v == v ? rounded : (bits >> 16) | 0x40;
-    const Vec<uint16_t, w> half = __builtin_convertvector(kept, Vec<uint16_t, w>);
+    const auto half = __builtin_convertvector(kept, Vec<uint16_t, w>);
 #endif
-    std::memcpy(p, &half, n == w ? sizeof(half) : n * sizeof(S));
-  } else if (n == w) {
-    *reinterpret_cast<Unaligned<AccVec<S>>*>(p) = v;
+    store_first(p, half, n);
   } else {
-    std::memcpy(p, &v, n * sizeof(S));
+    store_first(p, v, n);
   }
 }
 
@@ -104,10 +133,7 @@ using Operand = typename OperandOf<S>::type;
 // n of the lanes * k_step elements, the others 0.
 template <class S>
 FUSEDRNN_INLINE Operand<S> load_operand(const S* p, int64_t n = lanes<S> * k_step<S>) {
-  if (n == lanes<S> * k_step<S>) return *reinterpret_cast<const Unaligned<Operand<S>>*>(p);
-  Operand<S> v{};
-  std::memcpy(&v, p, n * sizeof(S));
-  return v;
+  return load_first<Operand<S>>(p, n);
 }
 
 // n columns of k_step rows, a column in each lane; the other lanes are 0, and so is a row that is null.
@@ -118,11 +144,7 @@ FUSEDRNN_INLINE Operand<S> load_columns(const S* row, [[maybe_unused]] const S* 
   } else {
     constexpr int w = lanes<S>;
     const auto half = [n](const S* p) __attribute__((always_inline)) {
-      Vec<uint16_t, w> v{};
-      if (p && n == w)
-        std::memcpy(&v, p, sizeof(v));
-      else if (p)
-        std::memcpy(&v, p, n * sizeof(S));
+      const auto v = p ? load_first<Vec<uint16_t, w>>(p, n) : Vec<uint16_t, w>{};
       return __builtin_convertvector(v, Vec<uint32_t, w>);
     };
     return (Operand<S>)(half(row) | half(next) << 16);
@@ -199,17 +221,18 @@ FUSEDRNN_INLINE AccVec<S> multiply_add(AccVec<S> acc, Operand<S> a, Operand<S> b
   }
 }
 
-// The sum of a vector's lanes, pairwise.
-template <class V>
-FUSEDRNN_INLINE scalar_t<V> sum(V v) {
-  constexpr int n = sizeof(V) / sizeof(scalar_t<V>);
-  if constexpr (n == 1) {
-    return v[0];
-  } else {
-    Vec<scalar_t<V>, n / 2> half[2];
-    std::memcpy(half, &v, sizeof(v));
-    return sum(half[0] + half[1]);
+// Lane r * (lanes / R) of the result is the sum of the lanes of rows[r]: halves on halves, for all R rows at once.
+template <int R, int half, class V, int... j>
+FUSEDRNN_INLINE V sums(V* rows, std::integer_sequence<int, j...> all) {
+  constexpr int w = sizeof...(j);
+  for (int r = 0; r < (R + 1) / 2; ++r) {
+    const V a = rows[r], b = rows[r + R / 2];
+    rows[r] = shuffle<(j & half ? w + j - half : j)...>(a, b) + shuffle<(j & half ? w + j : j + half)...>(a, b);
   }
+  if constexpr (half == 1)
+    return rows[0];
+  else
+    return sums<(R + 1) / 2, half / 2>(rows, all);
 }
 
 }  // namespace FUSEDRNN_ISA
