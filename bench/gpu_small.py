@@ -2,14 +2,17 @@
 
     python -m bench.gpu_small [--large] [PLAN...]
 
-One line a layer and dtype; with --large also of layers that need much of the device. It is also what compute-sanitizer
-watches. Exit status 1 if an error is too large.
+One line a layer and dtype, with the plans of its two passes, as not every layer can be run by each; with --large also
+of layers that need much of the device. It is also what compute-sanitizer watches. Exit status 3 if an error is too
+large, or if no layer could be run by a plan.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
+import io
 import itertools
 import sys
 from typing import Any
@@ -51,6 +54,17 @@ def error(found: Tensor, expected: Tensor) -> float:
     return difference if difference == difference else float("inf")
 
 
+def plans_of(module: Any, device: str) -> tuple[str, str]:
+    """By which plans the module's last layer runs on a batch, forward and backward, and why if they differ."""
+    if torch.device(device).type != "cuda":
+        return "", ""
+    with contextlib.redirect_stdout(io.StringIO()):
+        facts = fusedrnn.explain(module, (6, 21, 9))[-1]
+    passes = (facts["forward"], facts["backward"])
+    names = [plan["name"] for plan in passes]
+    return "/".join(names), "; ".join(dict.fromkeys(plan["reason"] for plan in passes))
+
+
 def main(arguments: list[str], device: str = "cuda") -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_small")
     parser.add_argument("plans", nargs="*", default=PLANS)
@@ -59,6 +73,7 @@ def main(arguments: list[str], device: str = "cuda") -> int:
     layers = LAYERS + LARGE * wanted.large
     failed = False
     for plan in wanted.plans:
+        taken = False
         for (layer, options), (dtype, tolerance) in itertools.product(layers, TOLERANCE.items()):
             torch.manual_seed(0)
             module = layer(9, **{"hidden_size": 37, **options}, dtype=dtype)
@@ -70,13 +85,21 @@ def main(arguments: list[str], device: str = "cuda") -> int:
                 leaf.requires_grad_()
                 expected = results(copy.deepcopy(module).double(), data.to(torch.float64))
                 with fusedrnn.use_plan(plan):
-                    found = results(copy.deepcopy(module).to(device), data.to(device))  # type: ignore[arg-type]
+                    on_device = copy.deepcopy(module).to(device)
+                    names, reason = plans_of(on_device, device)
+                    found = results(on_device, data.to(device))  # type: ignore[arg-type]
                 worst.append(max(map(error, found, expected)))
             verdict = "ok" if max(worst) <= tolerance else "WRONG"
             failed |= verdict != "ok"
+            taken |= names in ("", f"{plan}/{plan}")
+            why = "" if names in ("", f"{plan}/{plan}") else f"  ({reason})"
             words = [layer.__name__, *map(str, options.values()), str(dtype).removeprefix("torch.")]
-            print(f"{plan:<9}{' '.join(words):<24}padded {worst[0]:.1e}  packed {worst[1]:.1e}  {verdict}", flush=True)
-    return int(failed)
+            errors = f"padded {worst[0]:.1e}  packed {worst[1]:.1e}"
+            print(f"{plan:<9}{' '.join(words):<24}{names:<19}{errors}  {verdict}{why}", flush=True)
+        if not taken:
+            print(f"{plan}: no layer was run by it")
+            failed = True
+    return 3 if failed else 0
 
 
 if __name__ == "__main__":

@@ -114,9 +114,9 @@ Layer Layer::check(const Tensor& x, const MaybeTensor& h0, const MaybeTensor& c0
 
   // Directions and layers: of one thing or the other there is but one.
   const int64_t parts = std::max(directions, layers), count = int64_t(weights.size()), each = count / parts;
-  STD_TORCH_CHECK(count % parts == 0 && each >= 2 && each <= 5, "fusedrnn: weights: expected 2 to 5 tensors for each ",
-                  "of the ", parts, layers > 1 ? " layers" : " directions", " (w_ih, w_hh, b_ih, b_hh, w_hr), got ",
-                  count);
+  STD_TORCH_CHECK(count % parts == 0 && each >= 2 && each <= 5,
+                  "fusedrnn: weights: expected 2 to 5 tensors for each of the ", parts,
+                  layers > 1 ? " layers" : " directions", " (w_ih, w_hh, b_ih, b_hh, w_hr), got ", count);
   l.weights_per_direction = each, l.bias = each >= 4, l.projected = each % 2 == 1;
   STD_TORCH_CHECK(has_c || !l.projected, "fusedrnn: weights: only the LSTM has a projection (w_hr), got ", each,
                   " weights per direction");
