@@ -107,6 +107,14 @@ def test_a_result_may_be_the_next_input(name, device):
             torch.testing.assert_close(found, expected.view(shape))
 
 
+def test_a_transposed_result_as_the_next_input(device):
+    module = fusedrnn.GRU(H, H, device=device, dtype=torch.float64)
+    stream = fusedrnn.Stream(module, H)
+    x = torch.randn(H, H, dtype=torch.float64, device=device)
+    first, state = module(x[None])
+    torch.testing.assert_close(stream(stream(x).T), module(first[0].T[None], state)[0][0])
+
+
 def test_trained_in_place(device):
     """The parameters are read at every call."""
     module = module_of("gru", device)

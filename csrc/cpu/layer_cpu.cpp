@@ -116,7 +116,7 @@ void advance(const Layer& l, const Tensor& x_, const Tensor& h, const MaybeTenso
     if (l.rows > 0) copy_or_zero(y, {}), copy_or_zero(h, {});
     return;
   }
-  const Tensor x = overlap(x_, y) ? torch::stable::clone(x_) : dense_columns(x_);  // x may be an earlier result
+  const Tensor x = dense_columns(overlap(x_, y) ? torch::stable::clone(x_) : x_);  // x may be an earlier result
   const std::vector<Tensor> weights = dense(weights_);
   const int64_t h_size = l.N * l.P, c_size = l.has_c ? l.N * l.H : 0, y_size = l.rows * l.P;
   S *h_n, *c_n, *between[2];
