@@ -184,6 +184,8 @@ void Layer::check_advance(const Tensor& h, const MaybeTensor& c, const Tensor& y
     check_tensor("y", y, {T, N, directions * P}, h, dtype);
   STD_TORCH_CHECK(h.is_contiguous() && (!c || c->is_contiguous()) && y.is_contiguous(),
                   "fusedrnn: h, c, y: expected contiguous tensors, as they are written to");
+  STD_TORCH_CHECK(!overlap(h, y) && !(c && (overlap(*c, y) || overlap(h, *c))),
+                  "fusedrnn: h, c, y: expected memory of their own for each, as they are written to");
 }
 
 std::vector<int64_t> Layer::y_shape() const {

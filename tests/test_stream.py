@@ -261,6 +261,8 @@ def test_advance_op_refuses(name, device):
         ({"h": h[:, :1].expand(h.shape)}, "contiguous"),
         ({"h": h[:, 1:]}, "h0: expected shape"),
         ({"c": None} if name == "lstm" else {"c": h}, "c0?: expected"),
+        ({"h": y[:1]}, "memory of their own"),
+        *([({"c": h}, "memory of their own"), ({"c": y[1:2]}, "memory of their own")] if name == "lstm" else []),
         ({"layers": 0}, "layers: expected 1 or more, got 0"),
         ({"layers": 3}, "weights: expected 2 to 5 tensors for each of the 3 layers"),
         ({"layers": 2, "weights": weights * 2}, rf"w_ih: expected shape \[{weights[1].shape[0]}, {case.H}\]"),
