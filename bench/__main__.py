@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import os
 import sys
 import time
@@ -64,7 +65,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     add("--no-first-use", action="store_true", help="no first-call times and peak memory")
     add("--limit", type=float, help="seconds after which no case is begun (quick 100)")
     add("--targets", action="store_true", help="show the ratios aimed at")
-    add("--out", type=Path, help="folder; default bench/results/<machine>-<date>")
+    add("--out", type=Path, help="folder; default a new bench/results/<machine>-<date>")
     options = parser.parse_args(arguments)
     options.budget = options.budget or (0.2 if options.quick else 2.0)
     options.rounds = tuple(options.rounds or ((3, 21) if options.quick else (7, 101)))
@@ -116,7 +117,7 @@ def _measure(options: argparse.Namespace) -> int:
         contestant.start_server()
     results = Results(environment.collect(ours, options.device, counts))
     date = results.environment["date"][:10]
-    folder = options.out or RESULTS / f"{environment.machine_name(results.environment)}-{date}"
+    folder = options.out or _unused(RESULTS / f"{environment.machine_name(results.environment)}-{date}")
     limit_s = options.limit or (100.0 if options.quick else float("inf"))
     left_out: list[str] = []
     started = time.perf_counter()
@@ -150,6 +151,12 @@ def _measure(options: argparse.Namespace) -> int:
     for line in wrong:
         sys.stderr.write(f"not timed: {line}\n")
     return 1 if any(": fusedrnn" in line for line in wrong) else 0
+
+
+def _unused(folder: Path) -> Path:
+    """The folder, or the first of ``<folder>-2``, ``-3``, ... that isn't there yet."""
+    names = itertools.chain([folder], (folder.with_name(f"{folder.name}-{k}") for k in itertools.count(2)))
+    return next(path for path in names if not path.exists())
 
 
 def _write(results: Results, folder: Path, with_targets: bool) -> list[Path]:

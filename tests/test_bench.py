@@ -147,6 +147,14 @@ def test_on_a_gpu(bench, case):
     assert one.peak_mib() > 0
 
 
+def test_results_are_never_overwritten(bench, tmp_path):
+    unused = bench("__main__")._unused
+    folders = [tmp_path / name for name in ("a-2026-01-01", "a-2026-01-01-2", "a-2026-01-01-3")]
+    for folder in folders:
+        assert unused(folders[0]) == folder
+        folder.mkdir()
+
+
 def test_small_layers(bench, device, capsys, monkeypatch):
     """What is tried on a GPU first: right everywhere, and wrong where a kernel is."""
     small = bench("gpu_small")
