@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
 # All that needs a GPU, in one call of under 9 minutes and without a network:
 #   bench/gpu_check.sh         builds the extension, tries every plan on small layers, runs the tests and
-#                              compute-sanitizer, times the grid against cuDNN; a plan that fails the trial is left out
+#                              compute-sanitizer, times the grid against cuDNN; a plan that crashes or hangs in the
+#                              trial is left out
 #   bench/gpu_check.sh peers   only times torch.nn in the grid, with cuDNN and without: nothing is built
-# Everything goes to one folder ($OUT, else build/gpu_check). A stage that fails or runs out of time leaves its log and
-# what it had, and the others go on. The last lines say what became of each; the exit status is 1 if one failed.
+# Everything goes to one folder ($OUT, else build/gpu_check), the stages' logs in logs.tar.gz. A stage that fails or runs
+# out of time leaves its log and what it had, and the others go on. The last lines say what became of each; the exit
+# status is 1 if one failed.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export OUT=${OUT:-$PWD/build/gpu_check} PYTHON=${PYTHON:-python3} PATH=$PATH:/usr/local/cuda/bin

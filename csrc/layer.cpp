@@ -112,7 +112,7 @@ Layer Layer::check(const Tensor& x, const MaybeTensor& h0, const MaybeTensor& c0
     for (size_t t = 0; t < l.offset.size(); ++t) l.offset[t] = int64_t(t) * l.N;
   }
 
-  // Directions and layers: of one thing or the other there is but one.
+  // There may be two directions or several layers, never both.
   const int64_t parts = std::max(directions, layers), count = int64_t(weights.size()), each = count / parts;
   STD_TORCH_CHECK(count % parts == 0 && each >= 2 && each <= 5,
                   "fusedrnn: weights: expected 2 to 5 tensors for each of the ", parts,

@@ -95,7 +95,6 @@ same(torch.autograd.grad(y, leaves, dy), expected)
 
 @pytest.mark.parametrize("half", [False, True])
 def test_stream(half):
-    """Also where a later layer fails after others have been computed."""
     run(f"""
 dtype = torch.float16 if {half} else torch.float32
 stream = fusedrnn.Stream(fusedrnn.LSTM(H, H, 2, dtype=dtype), N)

@@ -52,14 +52,12 @@ template <class V>
 FUSEDRNN_INLINE V load_first(const void* p, int64_t n) {
   constexpr int size = sizeof(V{}[0]), count = sizeof(V) / size;
   if (n == count) return *static_cast<const Unaligned<V>*>(p);
-#ifndef __SANITIZE_ADDRESS__
-#ifdef __AVX512BW__
+#if defined(__AVX512BW__) && !defined(__SANITIZE_ADDRESS__)
   const uint32_t mask = (uint32_t(1) << n) - 1;
   if constexpr (sizeof(V) == 64 && size == 8) return (V)_mm512_maskz_loadu_epi64(__mmask8(mask), p);
   if constexpr (sizeof(V) == 64 && size == 4) return (V)_mm512_maskz_loadu_epi32(__mmask16(mask), p);
   if constexpr (sizeof(V) == 64 && size == 2) return (V)_mm512_maskz_loadu_epi16(__mmask32(mask), p);
   if constexpr (sizeof(V) == 32 && size == 2) return (V)_mm256_maskz_loadu_epi16(__mmask16(mask), p);
-#endif
 #endif
   V v{};
   std::memcpy(&v, p, n * size);

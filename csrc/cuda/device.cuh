@@ -104,7 +104,8 @@ __device__ const Vector no_vector[1] = {};
 // Zeros where nothing is. A branch would end only when the load does; without one, all that a thread loads is under way
 // together.
 FUSEDRNN_DEVICE Vector load_if(bool exists, const void* p) { return load(exists ? p : no_vector); }
-// From L2, where other blocks' stores arrive: for what is written while the kernel runs. Not before a wait above it.
+// From L2, where other blocks' stores arrive: for what is written while the kernel runs. Volatile as waits are, so
+// that it stays behind them.
 FUSEDRNN_DEVICE Vector load_l2(const void* p) {
   uint4 v;
   asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
