@@ -161,9 +161,7 @@ class BackwardPass {
   }
 
   void begin(const Member& me) {
-    pack_share(w_hh_, me);
     if (p_.dx && !w_ih_last_) pack_share(w_ih_, me);
-    if (shape_.projected) pack_share(w_hr_, me);
     const Range n = part_of(shape_.N, me.id, me.size);
     const int64_t H = shape_.H, P = shape_.P;
     copy_or_zero(dh_ + n.begin * P, p_.dh_n ? p_.dh_n + n.begin * P : nullptr, n.size() * P);
@@ -173,13 +171,17 @@ class BackwardPass {
     }
     if (me.id == 0) copy_or_zero(zeros_, static_cast<const S*>(nullptr), std::max(H, P));
     const Split split = this->split(me);
-    if (me.id < split.threads()) parts_[me.id] = groups_.part(shape_, split, me.id);
+    if (me.id < split.threads()) {
+      const Part& part = parts_[me.id] = groups_.part(shape_, split, me.id);
+      pack_share(w_hh_, part);
+      if (shape_.projected) pack_share(w_hr_, part);
+    }
     me.meet();
   }
   Split split(const Member& me) const {
     const Matrix<S>& widest = shape_.projected ? w_hr_ : w_hh_;
     return plan_split(me.size, double(shape_.rows()) / shape_.T, widest.panel_count(),
-                      double(w_hh_.panels_size()) / widest.panel_count() * sizeof(S));
+                      double(w_hh_.panels_size()) / widest.panel_count() * sizeof(S), 1.0 / shape_.T);
   }
 
   // Step s of the forward order; s = -1 is what remains for h0.

@@ -42,18 +42,22 @@ class ForwardPass {
 
   ForwardPlan plan(int threads) const {
     const double panel_bytes = double(w_hh_.width() * w_hh_.K * sizeof(S));
-    return {plan_split(threads, double(shape_.rows()) / shape_.T, w_hh_.panel_count(), panel_bytes), w_hh_.packed};
+    const double packings = double(w_ih_.packed + w_hh_.packed) / shape_.T;
+    return {plan_split(threads, double(shape_.rows()) / shape_.T, w_hh_.panel_count(), panel_bytes, packings),
+            w_hh_.packed};
   }
 
   void run(const Member& me) {
     const Split split = plan(me.size).split;
     prepare(me);
-    me.meet();
-    if (me.id >= split.threads()) return;
-    const Part part = groups_.part(shape_, split, me.id);
+    if (me.id >= split.threads()) return me.meet();
     Thread thread{};
-    static_cast<Part&>(thread) = part;
-    thread.panels = part_of(w_hh_.panel_count(), part.group.id, part.group.size);
+    static_cast<Part&>(thread) = groups_.part(shape_, split, me.id);
+    pack_share(w_ih_, thread);
+    pack_share(w_hh_, thread);
+    if (shape_.projected) pack_share(w_hr_, thread);
+    me.meet();
+    thread.panels = part_of(w_hh_.panel_count(), thread.group.id, thread.group.size);
     thread.wx = wx_ + me.id * wx_size_;
     thread.x_copy = x_ + me.id * x_size_;
     thread.rh = rh_ + me.id * rh_size_;
@@ -86,9 +90,6 @@ class ForwardPass {
   }
 
   void prepare(const Member& me) {
-    pack_share(w_ih_, me);
-    pack_share(w_hh_, me);
-    if (shape_.projected) pack_share(w_hr_, me);
     if (Cell::has_c) {
       const Range n = part_of(shape_.N, me.id, me.size);
       copy_or_zero(c_ + n.begin * shape_.H, p_.c0 ? p_.c0 + n.begin * shape_.H : nullptr, n.size() * shape_.H);

@@ -13,11 +13,13 @@ struct Split {
 };
 
 // The split with the least estimated time for one step of `batch` rows (on average), `panels` panels of the recurrent
-// matrix with `panel_bytes` each. The constants are rough figures of a current core: only their ratios matter.
-inline Split plan_split(int threads, double batch, int64_t panels, double panel_bytes) {
+// matrix with `panel_bytes` each; `packings` matrices like it are packed for every step (a fraction, if once for many).
+// The constants are rough figures of a current core: only their ratios matter.
+inline Split plan_split(int threads, double batch, int64_t panels, double panel_bytes, double packings) {
   constexpr double ns_per_byte_row = 1.0 / 450;  // one row times one panel byte, at full FMA rate
   constexpr double ns_per_byte_l2 = 1.0 / 140, ns_per_byte_l3 = 1.0 / 60, l2_bytes = 768 * 1024;
-  constexpr double barrier_ns = 250;
+  constexpr double ns_per_byte_shared = 1.0 / 16;  // from the cache of the core that has just written it
+  constexpr double barrier_ns = 400;
   Split best{1, 1};
   double best_ns = 1e300;
   for (int rows = 1; rows <= threads && rows <= std::max(1.0, batch); ++rows) {
@@ -25,7 +27,9 @@ inline Split plan_split(int threads, double batch, int64_t panels, double panel_
     const double bytes = double((panels + units - 1) / units) * panel_bytes;
     const double compute = std::max(1.0, batch / rows) * bytes * ns_per_byte_row;
     const double memory = bytes * ns_per_byte_l2 + std::max(0.0, bytes - l2_bytes) * ns_per_byte_l3;
-    const double ns = std::max(compute, memory) + 0.25 * std::min(compute, memory) + (units > 1 ? barrier_ns : 0);
+    const double shared = packings * bytes * (1 - 1.0 / rows) * ns_per_byte_shared;
+    const double ns =
+        std::max(compute, memory) + 0.25 * std::min(compute, memory) + shared + (units > 1 ? barrier_ns : 0);
     if (ns < best_ns) best_ns = ns, best = {rows, units};
   }
   return best;

@@ -53,10 +53,12 @@ FUSEDRNN_INLINE void for_blocks(Range rows, F f) {
   for (int64_t r = rows.begin; r < rows.end; r += row_block) f(r, std::min(row_block, rows.end - r));
 }
 
-// What a thread does in the time loop: these batch entries, with the other members of its row group.
+// What a thread does in the time loop: these batch entries, with the other members of its row group; in each of those
+// one thread multiplies by the same panels as this one.
 struct Part {
   Range n;
   Member group;
+  int row_group, row_groups;
 };
 
 // The barriers of the row groups.
@@ -70,7 +72,9 @@ class Groups {
   Part part(const Shape& shape, const Split& split, int id) const {
     const int row_group = id / split.unit_groups;
     return {batch_part(shape, row_group, split.row_groups),
-            {id % split.unit_groups, split.unit_groups, barriers_ + row_group}};
+            {id % split.unit_groups, split.unit_groups, barriers_ + row_group},
+            row_group,
+            split.row_groups};
   }
 
  private:
@@ -89,6 +93,14 @@ void layout_matrix(Arena& arena, Matrix<S>& matrix, bool packed) {
 template <class S>
 void pack_share(Matrix<S>& matrix, const Member& me) {
   for (int64_t panel = me.id; panel < matrix.panel_count(); panel += me.size) matrix.pack(panel);
+}
+
+// Packs panels that this thread will multiply by, so that they are in its cache: all of them, or its share if threads
+// of other row groups need them too.
+template <class S>
+void pack_share(Matrix<S>& matrix, const Part& part) {
+  const Range panels = part_of(matrix.panel_count(), part.group.id, part.group.size);
+  for (int64_t panel = panels.begin + part.row_group; panel < panels.end; panel += part.row_groups) matrix.pack(panel);
 }
 
 // Calls body with the number of valid lanes of a vector of units; as a compile-time constant if all are.
