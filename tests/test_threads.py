@@ -23,6 +23,7 @@ CASES = [
     variant("rnn_tanh", I=24, H=56, lengths=(9, 8, 8, 3, 1), directions=2),
     variant("lstm_proj", T=5, N=20, I=33, H=40),
     variant("lstm", T=30, N=16, I=64, H=128),
+    variant("rnn_tanh", T=3, N=20, I=256, H=64),  # fewer rows than columns
     variant("gru", T=6, N=40, I=33, H=48, dtype=torch.bfloat16),
 ]
 

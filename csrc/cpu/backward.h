@@ -86,7 +86,7 @@ class BackwardPass {
     if (index >= chunks()) return;
     const Chunk chunk = this->chunk(index);
     if (w_ih_last_) {
-      pack_share(w_ih_, me);
+      pack_share(w_ih_, input_part(me, 0));
       me.meet();
     }
     if (p_.dx) input_gradient(me, chunk);
@@ -161,7 +161,7 @@ class BackwardPass {
   }
 
   void begin(const Member& me) {
-    if (p_.dx && !w_ih_last_) pack_share(w_ih_, me);
+    if (p_.dx && !w_ih_last_) pack_share(w_ih_, input_part(me, 0));
     const Range n = part_of(shape_.N, me.id, me.size);
     const int64_t H = shape_.H, P = shape_.P;
     copy_or_zero(dh_ + n.begin * P, p_.dh_n ? p_.dh_n + n.begin * P : nullptr, n.size() * P);
@@ -321,12 +321,20 @@ class BackwardPass {
     return p_.h0 ? p_.h0 + n * shape_.P : zeros_;
   }
 
+  // A thread's part of dx of some rows: of few rows some columns, as that leaves each its own weights to fetch.
+  Part input_part(const Member& me, int64_t rows) const {
+    if (shape_.rows() < shape_.I && w_ih_.panel_count() % me.size == 0) return {{0, rows}, me, 0, 1};
+    return {part_of(rows, me.id, me.size), {0, 1, nullptr}, me.id, me.size};
+  }
+
   void input_gradient(const Member& me, const Chunk& chunk) {
     const int64_t I = shape_.I;
+    const Part part = input_part(me, chunk.rows);
+    const Range panels = part_of(w_ih_.panel_count(), part.group.id, part.group.size);
     A* block = dh_block_ + me.id * product_size<S>;
     const int width = w_ih_.width();
-    for_blocks(part_of(chunk.rows, me.id, me.size), [&](int64_t r, int64_t count) {
-      for (int64_t panel = 0; panel < w_ih_.panel_count(); ++panel) {
+    for_blocks(part.n, [&](int64_t r, int64_t count) {
+      for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
         w_ih_.multiply(panel, count, dgates_ + r * ldg_ + Slot::other * shape_.H, ldg_, block, width);
         for (int64_t i = 0; i < count; ++i)
           for (int v = 0; v < w_ih_.unit_vectors(panel); ++v) {

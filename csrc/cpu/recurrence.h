@@ -53,8 +53,8 @@ FUSEDRNN_INLINE void for_blocks(Range rows, F f) {
   for (int64_t r = rows.begin; r < rows.end; r += row_block) f(r, std::min(row_block, rows.end - r));
 }
 
-// What a thread does in the time loop: these batch entries, with the other members of its row group; in each of those
-// one thread multiplies by the same panels as this one.
+// What a thread does: these rows (batch entries, in the time loop) with the other members of its group, who have other
+// columns. In each row group one thread has the same columns, and so multiplies by the same panels.
 struct Part {
   Range n;
   Member group;
@@ -87,12 +87,6 @@ void layout_matrix(Arena& arena, Matrix<S>& matrix, bool packed) {
   matrix.start = arena.take<Acc<S>>(matrix.panel_count() * matrix.width());
   matrix.panels = packed ? arena.take<S>(matrix.panels_size()) : nullptr;
   matrix.packed = packed;
-}
-
-// Member i of n packs every n-th panel.
-template <class S>
-void pack_share(Matrix<S>& matrix, const Member& me) {
-  for (int64_t panel = me.id; panel < matrix.panel_count(); panel += me.size) matrix.pack(panel);
 }
 
 // Packs panels that this thread will multiply by, so that they are in its cache: all of them, or its share if threads
