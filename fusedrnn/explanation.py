@@ -10,7 +10,6 @@ import torch
 
 from . import _C, ops, stacked
 from .modules import CELL, FusedBase
-from .profiling import ranges_enabled
 
 
 def explain(module: Any, shape: Sequence[int]) -> list[dict[str, Any]]:
@@ -55,9 +54,9 @@ def explain(module: Any, shape: Sequence[int]) -> list[dict[str, Any]]:
 
 def _layers_of_one_op(module: FusedBase, steps: int) -> int:
     """Of those that a GPU may run at the same time."""
-    dropout = module.training and module.dropout > 0
-    one_by_one = module.bidirectional or dropout or module.recompute or ranges_enabled() or steps <= stacked.CHUNK
-    return 1 if one_by_one else module.num_layers
+    layers, directions = module.num_layers, 2 if module.bidirectional else 1
+    follow = stacked.follow_directly(layers, directions, module.training and module.dropout > 0)
+    return layers if follow and not module.recompute and steps > stacked.CHUNK else 1
 
 
 def _plan(weight: torch.Tensor, facts: dict[str, Any], layers: int) -> Mapping[str, object]:

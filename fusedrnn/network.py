@@ -136,8 +136,8 @@ def stack(
                 cell, x, states and tuple(states_), weights, batch_sizes, num_layers, directions,
                 dropout, every_c, recompute,
             )  # fmt: skip
-    one_by_one = num_layers == 1 or directions == 2 or batch_sizes is not None or dropout > 0 or ranges_enabled()
-    if not one_by_one and stacked.suits(x, every_c, recompute):
+    together = stacked.follow_directly(num_layers, directions, dropout > 0)
+    if together and stacked.suits(x, batch_sizes, every_c, recompute):
         h0, c0 = (*(states or ()), None, None)[:2]
         y, h_n, c_n = stacked.run(cell, x, h0, c0, weights, num_layers)
         return (y,), (h_n, c_n)[: ops.STATES[cell]]

@@ -27,6 +27,7 @@ from torch.autograd import forward_ad
 
 from . import autograd, ops, vmap
 from .errors import raises_out_of_memory
+from .profiling import ranges_enabled
 
 _Item = TypeVar("_Item")
 
@@ -177,11 +178,17 @@ def _gradients_by_layers(
     return [next(found) if need else None for need in needed]
 
 
-def suits(x: Tensor, every_c: bool, recompute: bool) -> bool:
-    """Whether padded layers of one direction, without dropout, are to be one op: on a GPU, where nothing traces or
-    transforms it and nothing is wanted of a layer alone."""
+def follow_directly(layers: int, directions: int, dropout: bool) -> bool:
+    """Whether there are several layers, and a layer's steps are all that the next one waits for."""
+    return layers > 1 and directions == 1 and not dropout and not ranges_enabled()
+
+
+def suits(x: Tensor, batch_sizes: Tensor | None, every_c: bool, recompute: bool) -> bool:
+    """Whether layers that follow each other directly are to be one op: on a GPU, where nothing traces or transforms
+    it, the input is padded, and nothing is wanted of a layer alone."""
     return (
         x.is_cuda
+        and batch_sizes is None
         and not every_c
         and not recompute
         and not torch.compiler.is_compiling()

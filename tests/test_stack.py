@@ -279,7 +279,7 @@ def test_transforms_go_through_the_layers():
     seen = []
 
     def function(x):
-        seen.append(stacked.suits(OnGPU(), False, False))
+        seen.append(stacked.suits(OnGPU(), None, False, False))
         return x.sum()
 
     x = torch.ones(2)
@@ -289,5 +289,6 @@ def test_transforms_go_through_the_layers():
     with torch.autograd.forward_ad.dual_level():
         function(x)
     assert seen == [True, False, False, False]
-    assert not stacked.suits(OnGPU(), True, False) and not stacked.suits(OnGPU(), False, True)
-    assert not stacked.suits(x, False, False)
+    assert not stacked.suits(OnGPU(), None, True, False) and not stacked.suits(OnGPU(), None, False, True)
+    sizes = torch.tensor([2])
+    assert not stacked.suits(OnGPU(), sizes, False, False) and not stacked.suits(x, None, False, False)
