@@ -8,6 +8,11 @@ BENCH ?= --quick
 FUZZ ?= 100000
 SEED ?= 0
 
+# `pip install .` compiles the CUDA kernels for all kinds of GPUs, which takes minutes; here it is for those at hand.
+GPUS := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | \
+  grep -Ex '([89]|1[0-9])\.[0-9]' | sort -u | sed 's/^9\.0/9.0a/')
+export TORCH_CUDA_ARCH_LIST ?= $(or $(GPUS),8.0+PTX)
+
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := pyproject.toml setup.py $(wildcard tools/*.py csrc/*.* csrc/*/*.*)
