@@ -3,7 +3,8 @@
 
 #include <string>
 
-STABLE_TORCH_LIBRARY(FUSEDRNN_NAMESPACE, m) {
+// A fragment, as torch 2.10's STABLE_TORCH_LIBRARY takes the macro's name for the namespace.
+STABLE_TORCH_LIBRARY_FRAGMENT(FUSEDRNN_NAMESPACE, m) {
   m.def(
       "segments(Tensor lengths, Tensor? reset, Tensor first_row, Tensor step_row, int directions)"
       " -> (Tensor batch_sizes, Tensor source, Tensor initial, Tensor final)");

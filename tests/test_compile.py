@@ -327,7 +327,7 @@ def test_exported_once_gradients_of_any_order(recompute, device):
 
 
 RUN_PACKAGE = """
-import sys, torch
+import sys, torch, torch._inductor.codecache  # which torch 2.10 would not find
 inputs, outputs, package, *libraries = sys.argv[1:]
 for library in libraries:
     torch.ops.load_library(library)

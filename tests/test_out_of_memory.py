@@ -133,6 +133,7 @@ assert c is None or torch.equal(c, before[1])
 """)
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 11), reason="there results are of torch's own memory")
 def test_kept_memory_makes_room():
     """What ops keep for later ones is given up before one fails."""
     run("""
