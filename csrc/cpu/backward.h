@@ -191,7 +191,7 @@ class BackwardPass {
     const Range continued{part.n.begin, within(std::min(now, later))};       // they have a step s + 1
     const Range ended{within(later), std::max(within(later), within(now))};  // this is their last step
     const Range started{within(now), std::max(within(now), within(later))};  // step s + 1 was their first
-    const Range panels = part_of(w_hh_.panel_count(), part.group.id, part.group.size);
+    const Range panels = panels_of(w_hh_, part);
     const int width = w_hh_.width();
     for (int64_t i = 0; i < panels.size(); ++i) {
       // Back and forth, so that a step begins with the weights that the last one left in the cache.
@@ -211,7 +211,7 @@ class BackwardPass {
     if (s < 0) return;
     if (shape_.projected) {
       part.group.meet();
-      const Range hidden = part_of(w_hr_.panel_count(), part.group.id, part.group.size);
+      const Range hidden = panels_of(w_hr_, part);
       for (int64_t panel = hidden.begin; panel < hidden.end; ++panel)
         for_blocks({part.n.begin, within(now)}, [&](int64_t n, int64_t count) {
           w_hr_.multiply(panel, count, dh_projected(chunk, s, n), shape_.P, block, w_hr_.width());
@@ -330,7 +330,7 @@ class BackwardPass {
   void input_gradient(const Member& me, const Chunk& chunk) {
     const int64_t I = shape_.I;
     const Part part = input_part(me, chunk.rows);
-    const Range panels = part_of(w_ih_.panel_count(), part.group.id, part.group.size);
+    const Range panels = panels_of(w_ih_, part);
     A* block = dh_block_ + me.id * product_size<S>;
     const int width = w_ih_.width();
     for_blocks(part.n, [&](int64_t r, int64_t count) {

@@ -57,7 +57,7 @@ class ForwardPass {
     pack_share(w_hh_, thread);
     if (shape_.projected) pack_share(w_hr_, thread);
     me.meet();
-    thread.panels = part_of(w_hh_.panel_count(), thread.group.id, thread.group.size);
+    thread.panels = panels_of(w_hh_, thread);
     thread.wx = wx_ + me.id * wx_size_;
     thread.x_copy = x_ + me.id * x_size_;
     thread.rh = rh_ + me.id * rh_size_;
@@ -223,7 +223,7 @@ class ForwardPass {
   // h = W_hr h_full
   void project_output(Thread& thread, int64_t t, Range n) {
     thread.group.meet();
-    const Range panels = part_of(w_hr_.panel_count(), thread.group.id, thread.group.size);
+    const Range panels = panels_of(w_hr_, thread);
     const int width = w_hr_.width();
     for (int64_t panel = panels.begin; panel < panels.end; ++panel)
       for_blocks(n, [&](int64_t b, int64_t count) {

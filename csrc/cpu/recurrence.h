@@ -89,11 +89,17 @@ void layout_matrix(Arena& arena, Matrix<S>& matrix, bool packed) {
   matrix.packed = packed;
 }
 
+// The panels that a thread multiplies by.
+template <class S>
+Range panels_of(const Matrix<S>& matrix, const Part& part) {
+  return part_of(matrix.panel_count(), part.group.id, part.group.size);
+}
+
 // Packs panels that this thread will multiply by, so that they are in its cache: all of them, or its share if threads
 // of other row groups need them too.
 template <class S>
 void pack_share(Matrix<S>& matrix, const Part& part) {
-  const Range panels = part_of(matrix.panel_count(), part.group.id, part.group.size);
+  const Range panels = panels_of(matrix, part);
   for (int64_t panel = panels.begin + part.row_group; panel < panels.end; panel += part.row_groups) matrix.pack(panel);
 }
 
