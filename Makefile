@@ -22,7 +22,7 @@ AMX := tests/test_amx.py tests/test_ops.py tests/test_ops_edges.py tests/test_th
 SANITIZERS = $(foreach name,asan stdc++,$(shell $(CXX) -print-file-name=lib$(name).so))
 TORCH_STAMP := $(VENV)/.torch-$(shell printf %s '$(TORCH)' | tr -c 'A-Za-z0-9.' _)
 
-.PHONY: help test integration bench docs lint format sanitized asan fuzz cuda-host mutants gpu clean
+.PHONY: help test integration bench docs lint format sanitized asan fuzz cuda-host ptx mutants gpu clean
 .DELETE_ON_ERROR:
 
 help:
@@ -34,6 +34,7 @@ help:
 	@echo "make asan     the kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make fuzz     calls of all kinds with mistakes in them, under the same   (FUZZ=100000 of them; SEED=0: other ones)"
 	@echo "make cuda-host  the CUDA kernels' tests on the CPU, no GPU needed;  make mutants  what those tests would catch"
+	@echo "make ptx      some of those tests with the kernels as nvcc compiles them, and a search for data races"
 	@echo "make gpu      on a machine with a GPU: build, test, compute-sanitizer, benchmark against cuDNN"
 	@echo "make clean    remove $(VENV) and what was built"
 	@echo "PYTHON=$(PYTHON)  TORCH=$(TORCH)  VENV=$(VENV)"
@@ -109,7 +110,11 @@ endif
 
 # Every thread of a block is a fiber, in an order that differs from test to test.
 cuda-host: $(VENV)/.test
-	PYTHONPATH=tools $(BIN)/pytest -q -p cuda_host --ops fusedrnn_cuda_host --every 7 $(CUDA_HOST) $(ARGS)
+	PYTHONPATH=tools $(BIN)/pytest -q -p cuda_host --ops fusedrnn_cuda_host --every 11 $(CUDA_HOST) $(ARGS)
+
+# The same kernels as nvcc compiles them, interpreted: what only a GPU would run, and every data race.
+ptx: $(VENV)/.test
+	PYTHONPATH=tools $(BIN)/pytest -q -p cuda_host --ops fusedrnn_cuda_host --ptx 9.0a --every 101 -k 'not large_ragged' $(CUDA_HOST) $(ARGS)
 
 mutants: $(VENV)/.test
 	PYTHONPATH=tools $(BIN)/python tools/mutants.py

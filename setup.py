@@ -35,6 +35,8 @@ from setuptools.command.dist_info import dist_info
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "tools"))
 from toolchain import (  # noqa: E402
+    NVCC_FLAGS,
+    STABLE_ABI,
     Compiler,
     Nvcc,
     Torch,
@@ -56,9 +58,7 @@ WISH_CUDA = os.environ.get("FUSEDRNN_CUDA", "")
 
 WARNINGS = ["-Wall", "-Wextra"]
 CXX_FLAGS = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", *WARNINGS]
-NVCC_FLAGS = ["-std=c++20", "-O3", "-DNDEBUG", "--expt-relaxed-constexpr", "-Xfatbin", "-compress-all"]
-NVCC_FLAGS += ["-Xcompiler", ",".join(["-fPIC", "-fvisibility=hidden", *WARNINGS])]
-STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # torch 2.10's, which every later torch has too
+FATBIN_FLAGS = ["-Xfatbin", "-compress-all", "-Xcompiler", ",".join(["-fPIC", "-fvisibility=hidden", *WARNINGS])]
 
 # A source csrc/cpu/*_<isa>.cpp is compiled for that instruction set, every other one for the baseline. Lowest first:
 # where two objects have the same inline function the linker keeps the first, so no old CPU ever meets a newer one's.
@@ -169,11 +169,10 @@ class Plan:
         return self.ninja.build(self.folder / "fusedrnn/lib/libfusedrnn.so", rule, objects)
 
     def cuda_library(self, library: Path, nvcc: Nvcc) -> Path:
-        words = [*nvcc.command, "-MMD", "-MF", "$out.d", "-c", "$in", "-o", "$out", *NVCC_FLAGS]
+        words = [*nvcc.command, "-MMD", "-MF", "$out.d", "-c", "$in", "-o", "$out", *NVCC_FLAGS, *FATBIN_FLAGS]
         words += [
             *cuda_arch_flags(nvcc.archs),
             *self.defines,
-            "-DUSE_CUDA",
             "-DFUSEDRNN_CUDA_KEY=CUDA",
             *self.torch_headers,
         ]

@@ -22,6 +22,8 @@ from typing import NamedTuple, NoReturn
 TORCH_MIN = (2, 10)
 GCC_MIN, CLANG_MIN, CUDA_MIN = 11, 14, (12, 0)
 CUDA_ARCHS = ["8.0", "8.6", "8.9", "9.0a", "10.0", "12.0+PTX"]
+NVCC_FLAGS = ["-std=c++20", "-O3", "-DNDEBUG", "-DUSE_CUDA", "--expt-relaxed-constexpr"]
+STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # torch 2.10's, which every later torch has too
 
 
 def fail(message: str) -> NoReturn:

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "fibers.h"
+#include "ptx.h"
 
 #define FUSEDRNN_DEVICE inline
 #define FUSEDRNN_KERNEL(threads) void
@@ -263,7 +264,9 @@ void launch(void (*kernel)(Params), const Launch& l, Stream, const Params& p) {
     throw std::runtime_error("too many cooperative blocks");
   if (l.cluster && l.grid.x % unsigned(l.cluster)) throw std::runtime_error("the grid is no number of clusters");
   const size_t together = l.cooperative ? size_t(l.grid.blocks()) : size_t(std::max(l.cluster, 1));
-  host::run({l.grid.x, l.grid.y, l.grid.z}, l.threads, l.shared_bytes, together, [&] { kernel(p); });
+  const host::PtxKernel* ptx = host::find_ptx(reinterpret_cast<const void*>(kernel));
+  host::run({l.grid.x, l.grid.y, l.grid.z}, l.threads, l.shared_bytes, together,
+            [&] { ptx ? host::run_ptx(*ptx, &p) : kernel(p); });
 }
 
 inline bool multiply_tf32(float* out, int m, int n, int k, Factor a, Factor b) {

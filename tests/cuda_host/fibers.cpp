@@ -9,6 +9,8 @@
 #include <mutex>
 #include <random>
 
+#include "races.h"
+
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/common_interface_defs.h>
 #endif
@@ -69,6 +71,7 @@ struct Scheduler {
   size_t late_turns = 0;              // for so long
   const std::function<void()>* kernel = nullptr;
   int processors = 12, busy = 0;
+  Races races;
 } scheduler;
 
 void before_switch([[maybe_unused]] void** fake_stack, [[maybe_unused]] const void* to, [[maybe_unused]] size_t size) {
@@ -156,15 +159,16 @@ Running* next_fiber() {
   return static_cast<Running*>(fiber);
 }
 
-void run_together(Together& together, size_t shared_bytes) {
+void run_together(Together& together) {
   std::vector<Block>& blocks = together.blocks;
   std::vector<std::unique_ptr<unsigned char[]>> shared;
   std::vector<Running> fibers(blocks.size() * size_t(blocks[0].threads));
   size_t i = 0;
   for (Block& block : blocks) {
-    shared.push_back(std::make_unique<unsigned char[]>(shared_bytes));
+    shared.push_back(std::make_unique<unsigned char[]>(block.shared_bytes));
     block.shared = shared.back().get(), block.together = &together;
-    std::memset(block.shared, 0xff, shared_bytes);  // NaN, until somebody writes
+    scheduler.races.begin(block);
+    std::memset(block.shared, 0xff, block.shared_bytes);  // NaN, until somebody writes
     block.warps.resize(size_t(block.threads + 31) / 32);
     for (int thread = 0; thread < block.threads; ++thread, ++i) {
       fibers[i].block = &block, fibers[i].thread = thread;
@@ -180,6 +184,7 @@ void run_together(Together& together, size_t shared_bytes) {
     enter(next_fiber());
   }
   if (!scheduler.posted.empty()) fail("a block has ended before all that was sent to it has come");
+  for (const Block& block : blocks) scheduler.races.forget(block);
   for (Running& fiber : fibers) scheduler.stacks.push_back(fiber.stack);
 }
 
@@ -219,6 +224,8 @@ void pass_waiting() {
 
 void progress() { scheduler.waited = 0; }
 
+Races& races() { return scheduler.races; }
+
 void post(std::function<void()> delivery) { scheduler.posted.push_back(std::move(delivery)); }
 
 void run(Index3 grid, int threads, size_t shared_bytes, size_t together, const std::function<void()>& kernel) {
@@ -229,12 +236,13 @@ void run(Index3 grid, int threads, size_t shared_bytes, size_t together, const s
     for (unsigned y = 0; y < grid.y; ++y) {
       for (unsigned x = 0; x < grid.x; ++x) {
         if (sets.empty() || sets.back().blocks.size() == together) sets.emplace_back();
-        sets.back().blocks.push_back({{x, y, z}, grid, threads, nullptr, {}, {}, nullptr});
+        sets.back().blocks.push_back({{x, y, z}, grid, threads, nullptr, shared_bytes, {}, {}, nullptr, 0, 0, {}, {}});
       }
     }
   }
   std::shuffle(sets.begin(), sets.end(), scheduler.random);
-  for (Together& set : sets) run_together(set, shared_bytes);
+  for (Together& set : sets) run_together(set);
+  scheduler.races.forget();
 }
 
 size_t any(size_t count) { return scheduler.random() % count; }

@@ -9,7 +9,20 @@
 
 namespace fusedrnn::cuda::host {
 
+class Races;
 struct Fiber;
+
+// What a thread knows to be over: of each actor the intervals before this one. Actors are blocks, whose intervals lie
+// between their barriers, and mailboxes, whose intervals are phases.
+class Clock {
+ public:
+  uint32_t of(int actor) const { return size_t(actor) < before_.size() ? before_[size_t(actor)] : 0; }
+  void learn(int actor, uint32_t before);
+  void learn(const Clock& other);
+
+ private:
+  std::vector<uint32_t> before_;
+};
 
 struct Index3 {
   unsigned x, y, z;
@@ -31,9 +44,14 @@ struct Block {
   Index3 index, grid;
   int threads;
   unsigned char* shared;
+  size_t shared_bytes;
   FiberBarrier barrier;
   std::vector<Warp> warps;
   Together* together;
+  // Of what happens in it, and of what is over for all of its threads, or for some since their last barrier.
+  int actor;
+  uint32_t interval = 0;
+  Clock known, acquired;
 };
 
 // Blocks that run at the same time: a cluster, or the whole grid.
@@ -45,6 +63,7 @@ struct Together {
 struct Fiber {
   Block* block;
   int thread;
+  Clock known;  // what is over for this one alone
 };
 
 Fiber& self();
@@ -66,6 +85,9 @@ void post(std::function<void()> delivery);
 
 // Runs the kernel for every thread of the grid: so many neighbouring blocks together, the sets one after another.
 void run(Index3 grid, int threads, size_t shared_bytes, size_t together, const std::function<void()>& kernel);
+
+// What of a launch may be read and written in the wrong order.
+Races& races();
 
 // A number below `count`, at random.
 size_t any(size_t count);
