@@ -24,11 +24,11 @@ FUSEDRNN_DEVICE ClusterPlace<apart> cluster_place(int groups) {
 // Divides numbers below 2^16 / by, faster than a division.
 class Divisor {
  public:
-  FUSEDRNN_DEVICE explicit Divisor(int by) : inverse_((65536 + by - 1) / by) {}
-  FUSEDRNN_DEVICE int divide(int n) const { return n * inverse_ >> 16; }
+  FUSEDRNN_DEVICE explicit Divisor(unsigned by) : inverse_((65536 + by - 1) / by) {}
+  FUSEDRNN_DEVICE unsigned divide(unsigned n) const { return n * inverse_ >> 16; }
 
  private:
-  int inverse_;
+  unsigned inverse_;
 };
 
 // Where the block's own message goes, and where it finds the others'. A block that is alone meets its threads instead.
@@ -41,9 +41,9 @@ class Inbox {
   // Which of the two buffers.
   FUSEDRNN_DEVICE int buffer() const { return int(messages_ % 2); }
   // The next message, of so many bytes, goes to the other buffer.
-  FUSEDRNN_DEVICE void expect(int64_t bytes) {
+  FUSEDRNN_DEVICE void expect(uint32_t bytes) {
     ++messages_;
-    if (!alone_ && thread_index() == 0) cuda::expect(mailboxes_ + buffer(), uint32_t(bytes));
+    if (!alone_ && thread_index() == 0) cuda::expect(mailboxes_ + buffer(), bytes);
   }
   FUSEDRNN_DEVICE void receive() const {
     if (alone_)
@@ -78,9 +78,15 @@ FUSEDRNN_DEVICE T* shared_at(int64_t offset) {
 FUSEDRNN_DEVICE void clear(Vector* from, const Vector* to) {
   for (from += thread_index(); from < to; from += block_threads()) *from = {};
 }
-FUSEDRNN_DEVICE int columns_of(int64_t rows_end, int64_t row) {
-  return rows_end - row < cluster_columns ? int(rows_end - row) : cluster_columns;
+FUSEDRNN_DEVICE int columns_of(int rows_end, int row) {
+  return rows_end - row < cluster_columns ? rows_end - row : cluster_columns;
 }
+
+// The partial sums of an element's gates.
+template <int gates>
+struct alignas(sizeof(float) * gate_floats(gates)) GateSums {
+  float of[gate_floats(gates)];
+};
 
 // A block has all k of its units' gates: it gets all of h and sends its units' h.
 template <class Cell, class Math>
@@ -95,10 +101,11 @@ forward_cluster(const Forward<typename Math::Storage> p) {
     const int own = shape.groups * units, warp = thread_index() / warp_size, lane = thread_index() % warp_size;
     const int m_warp = warp / shape.k_warps, k_warp = warp % shape.k_warps;
     const int block_vectors = warp_size, inbox_vectors = shape.k_blocks * block_vectors;
-    Vector* const h = shared_at<Vector>(shape.inbox);  // [2, k_blocks, 32], as the lanes read it
-    S* const outbox = shared_at<S>(shape.outbox);      // [columns, own]
-    float* const sums = shared_at<float>(shape.sums);  // [k_warps, columns, gates, own], padded
-    const int pitch = sums_pitch(shape.groups, gates), own_vectors = own / Math::vector;
+    Vector* const h = shared_at<Vector>(shape.inbox);           // [2, k_blocks, 32], as the lanes read it
+    S* const outbox = shared_at<S>(shape.outbox);               // [columns, own]
+    auto* const sums = shared_at<GateSums<gates>>(shape.sums);  // [k_warps, columns, own], padded
+    const int pitch = gates_pitch(shape.groups, gates);
+    const unsigned own_vectors = own / Math::vector;
     const Divisor by_own_vectors(own_vectors);
 
     Inbox inbox(shape.blocks);
@@ -118,7 +125,7 @@ forward_cluster(const Forward<typename Math::Storage> p) {
           const int k = (k_warp + i * shape.k_warps) * Math::k + Math::k_of(lane);
           return Math::prepare(load_if(unit < p.H && k < d.w_hh.row, d.w_hh.at(g * p.H + unit) + k));
         });
-    ForwardCells<Cell, S, ClusterPlace<sums_apart>> cells(p, d, at, p.range.first);
+    ForwardCells<Cell, Math, ClusterPlace<sums_apart>> cells(p, d, at, p.range.first);
     sync_cluster();
 
     for (int64_t s = p.range.first; s < p.range.last; ++s) {
@@ -130,44 +137,50 @@ forward_cluster(const Forward<typename Math::Storage> p) {
       weights.multiply(
           c, [&](int i, Vector(&b)[1][1]) { b[0][0] = h_prev[(k_warp + i * shape.k_warps) * block_vectors]; });
 #pragma unroll
-      for (int g = 0; g < gates; ++g) {
+      for (int i = 0; i < 4; ++i) {
+        const int column = 2 * (lane % 4) + i % 2, m = m_warp * units + lane / 4 + i / 2 * 8;
+        GateSums<gates> part{};
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int column = 2 * (lane % 4) + i % 2, m = m_warp * units + lane / 4 + i / 2 * 8;
-          sums[(k_warp * cluster_columns + column) * pitch + g * own + m] = c[g][0][i];
-        }
+        for (int g = 0; g < gates; ++g) part.of[g] = c[g][0][i];
+        sums[(k_warp * cluster_columns + column) * pitch + m] = part;
       }
       sync_block();
       at.each(p.H, cells.batch, [&](const Element& e) {
-        const S h = cells.step(e, [&](float (&rh)[gates]) {
+        outbox[e.column * own + e.m] = cells.step(e, [&](float (&rh)[gates]) {
 #pragma unroll
           for (int g = 0; g < gates; ++g) rh[g] = 0;
+          const GateSums<gates>* from = sums + e.column * pitch + e.m;
 #pragma unroll 2
-          for (int w = 0; w < shape.k_warps; ++w) {
+          for (int w = 0; w < shape.k_warps; ++w, from += cluster_columns * pitch) {
+            const GateSums<gates> part = *from;
 #pragma unroll
-            for (int g = 0; g < gates; ++g) rh[g] += sums[(w * cluster_columns + e.column) * pitch + g * own + e.m];
+            for (int g = 0; g < gates; ++g) rh[g] += part.of[g];
           }
         });
-        cells.output(e.unit, e.n, h);
-        outbox[e.column * own + e.m] = h;
       });
-      const int64_t rows = cells.batch < cells.next_batch ? cells.batch : cells.next_batch;
-      if (s + 1 == p.range.last || at.row >= rows) continue;  // no next step
-      sync_block();
-      const int columns = columns_of(rows, at.row);
-      inbox.expect((p.H + Math::vector - 1) / Math::vector * columns * int64_t(sizeof(Vector)));
+      const int rows = cells.batch < cells.next_batch ? cells.batch : cells.next_batch;
+      const bool goes_on = s + 1 < p.range.last && at.row < rows;
+      if (goes_on) {
+        sync_block();
+        const unsigned columns = columns_of(rows, at.row), H = p.H;
+        inbox.expect((H + Math::vector - 1) / Math::vector * columns * sizeof(Vector));
+        Vector* const to_h = h + inbox.buffer() * inbox_vectors;
 #pragma unroll 1
-      for (int to = warp; to < shape.blocks; to += shape.warps()) {
+        for (unsigned i = lane; i < own_vectors * cluster_columns; i += warp_size) {
+          const unsigned column = by_own_vectors.divide(i), m = (i - column * own_vectors) * Math::vector;
+          const unsigned k = at.unit + m;
+          if (column >= columns || k >= H) continue;
+          const Vector v = Math::prepare(load(outbox + column * own + m));
+          Vector* const slot = to_h + k / Math::k * block_vectors + column * 4 + k % Math::k / Math::vector;
 #pragma unroll 1
-        for (int i = lane; i < own_vectors * cluster_columns; i += warp_size) {
-          const int column = by_own_vectors.divide(i), m = (i - column * own_vectors) * Math::vector, k = at.unit + m;
-          if (column >= columns || k >= p.H) continue;
-          Vector* slot = h + inbox.buffer() * inbox_vectors + k / Math::k * block_vectors + column * 4 +
-                         k % Math::k / Math::vector;
-          inbox.send(Math::prepare(load(outbox + column * own + m)), slot, to);
+          for (int to = warp; to < shape.blocks; to += shape.warps()) inbox.send(v, slot, to);
         }
       }
-      cells.fetch(s + 1);
+      at.each(p.H, cells.batch, [&](const Element& e) {
+        cells.save(e);
+        cells.output(e.unit, e.n, cells.h[e.i]);
+      });
+      if (goes_on) cells.fetch(s + 1);
     }
     if (p.range.last == d.steps.T) return;
     at.each(p.H, cells.batch, [&](const Element& e) { d.h[p.range.last % 2].at(e.n)[e.unit] = cells.h[e.i]; });
@@ -209,13 +222,13 @@ backward_cluster(const Backward<typename Math::Storage> p) {
         });
     const int64_t first = p.range.first, last = p.range.last - 1;
     const auto put = [&](Vector* drh, const Element& e, int g, S gradient) {
-      const int k = g * own + e.m;
+      const unsigned k = g * own + e.m;
       S* slot = reinterpret_cast<S*>(drh + k / Math::k * warp_size + e.column * 4 + k % Math::k / Math::vector);
       slot[k % Math::vector] = gradient;
     };
     // If there is a step after the last, another launch has done it and left its drh.
-    const int64_t start = at.row < d.steps.batch(last + 1) ? last + 1 : last;
-    BackwardCells<Cell, S, ClusterPlace<1>> cells(p, d, at, start);
+    const int64_t start = at.row < d.steps.rows(last + 1).batch ? last + 1 : last;
+    BackwardCells<Cell, Math, ClusterPlace<1>> cells(p, d, at, start);
     sync_cluster();
 
     for (int64_t s = start; s >= first; --s) {
@@ -239,27 +252,34 @@ backward_cluster(const Backward<typename Math::Storage> p) {
           cells.initial_c(e);
           return;
         }
-        cells.step(e, dh + cells.dy(e), [&](int g, S gradient) { put(drh, e, g, gradient); });
+        cells.step(e, dh + cells.dy(e));
+#pragma unroll
+        for (int g = 0; g < gates; ++g) put(drh, e, g, cells.drh[e.i][g]);
       });
-      if (s == first || at.row >= cells.batch) continue;  // no step before
-      sync_block();
-      const int columns = columns_of(cells.batch, at.row), pairs = (columns + 1) / 2;
-      const int64_t mine = p.H - at.unit < own ? p.H - at.unit : own;
-      inbox.expect(mine * pairs * shape.blocks * int64_t(2 * sizeof(float)));
-      float c[tiles][1][4] = {};
-      weights.multiply(c, [&](int i, Vector(&b)[1][1]) { b[0][0] = Math::prepare(drh[i * warp_size + lane]); });
+      const bool goes_on = s > first && at.row < cells.batch;
+      if (goes_on) {
+        sync_block();
+        const unsigned H = p.H, columns = columns_of(cells.batch, at.row), pairs = (columns + 1) / 2;
+        const unsigned mine = H - at.unit < own ? H - at.unit : own;
+        inbox.expect(mine * pairs * shape.blocks * 2 * sizeof(float));
+        float c[tiles][1][4] = {};
+        weights.multiply(c, [&](int i, Vector(&b)[1][1]) { b[0][0] = Math::prepare(drh[i * warp_size + lane]); });
+        float* const mine_there = parts + inbox.buffer() * inbox_floats + rank * own_floats;
+        const unsigned column = 2 * (lane % 4);
 #pragma unroll
-      for (int m = 0; m < tiles; ++m) {
-        const int tile = warp + m * shape.m_warps, to = by_groups.divide(tile), group = tile - to * shape.groups;
-        float* const part = parts + inbox.buffer() * inbox_floats + rank * own_floats + partial_place(group * units, 0);
+        for (int m = 0; m < tiles; ++m) {
+          const unsigned tile = warp + m * shape.m_warps, to = by_groups.divide(tile), group = tile - to * shape.groups;
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int unit = half * 8 + lane / 4, column = 2 * (lane % 4);
-          if (m >= count || tile * units + unit >= p.H || column >= columns) continue;
-          inbox.send(c[m][0][2 * half], c[m][0][2 * half + 1], part + partial_place(unit, column), to);
+          for (int half = 0; half < 2; ++half) {
+            const unsigned unit = half * 8 + lane / 4;
+            if (m >= count || tile * units + unit >= H || column >= columns) continue;
+            float* const place = mine_there + group * units * cluster_columns + partial_place(unit, column);
+            inbox.send(c[m][0][2 * half], c[m][0][2 * half + 1], place, to);
+          }
         }
       }
-      cells.fetch(s - 1);
+      at.each(p.H, s > last ? 0 : cells.batch, [&](const Element& e) { cells.save(e); });
+      if (goes_on) cells.fetch(s - 1);
     }
     if (first > 0) cells.store();
   }

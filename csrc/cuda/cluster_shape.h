@@ -41,7 +41,12 @@ constexpr int partial_place(int m, int column) {
 
 // Floats between the sums of neighbouring batch entries: no bank conflicts when lanes store them, nor when 16 units of
 // two entries that are sums_apart are read.
-constexpr int sums_pitch(int groups, int gates) { return 16 * groups * gates + 4; }
+constexpr int sums_pitch(int rows) { return rows + 4; }
 constexpr int sums_apart = 4;
+
+// The same of a forward cluster, whose sums of an element's gates are side by side, 16 bytes if they are several: the
+// elements between those of neighbouring batch entries.
+constexpr int gate_floats(int gates) { return gates > 1 ? 4 : 1; }
+constexpr int gates_pitch(int groups, int gates) { return gates > 1 ? 16 * groups + 1 : sums_pitch(16 * groups); }
 
 }  // namespace fusedrnn::cuda

@@ -209,6 +209,18 @@ FUSEDRNN_DEVICE uint32_t round_to_tf32(uint32_t bits) {
   return rounded;
 }
 
+// 2^x and 1 / x, to a relative error of 2^-22 and 2^-23; what is below the normal numbers is 0.
+FUSEDRNN_DEVICE float approximate_exp2(float x) {
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+  return power;
+}
+FUSEDRNN_DEVICE float approximate_inverse(float x) {
+  float inverse;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(x));
+  return inverse;
+}
+
 // c[16, 8] += a[16, 16] b[16, 8], by a warp. Lane l, with g = l / 4 and t = l % 4, holds, two values to a word,
 // a: rows g, g + 8, g, g + 8 at columns 2t, 2t, 2t + 8, 2t + 8; b: rows 2t, 2t + 8 of column g;
 // c: columns 2t, 2t + 1 of row g, then of row g + 8.

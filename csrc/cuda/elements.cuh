@@ -44,9 +44,11 @@ FUSEDRNN_DEVICE Accumulator<S> value(const S* p, int64_t i) {
 }
 
 // The forward pass of a thread's elements.
-template <class Cell, class S, class Place>
+template <class Cell, class Math, class Place>
 struct ForwardCells {
+  using S = typename Math::Storage;
   using A = Accumulator<S>;
+  using Number = typename Math::Number;
   static constexpr int gates = Cell::gates;
 
   const Forward<S>& p;
@@ -54,7 +56,7 @@ struct ForwardCells {
   const Place& at;
   int64_t s, first_row;  // of the step that was fetched
   int batch, next_batch;
-  S wx[Place::count][gates] = {}, h[Place::count] = {};
+  S wx[Place::count][gates] = {}, h[Place::count] = {}, saved[Place::count][Cell::saved + 1];
   A c[Place::count] = {};
   A bias[gates] = {}, b_hh[gates] = {};  // of the thread's one unit; b_hh is in bias where the sum will do
 
@@ -81,9 +83,8 @@ struct ForwardCells {
 
   // Loads what a step needs beside h: to be called before its h is waited for.
   FUSEDRNN_DEVICE void fetch(int64_t step) {
-    int64_t bound[3];
-    d.steps.bounds(step, bound);
-    s = step, first_row = Steps::first_row(bound), batch = Steps::batch(bound), next_batch = Steps::batch(bound + 1);
+    const StepRows rows = d.steps.rows(step);
+    s = step, first_row = rows.first, batch = rows.batch, next_batch = rows.batch_after;
     at.each(p.H, batch, [&](const Element& e) {
 #pragma unroll
       for (int g = 0; g < gates; ++g) wx[e.i][g] = d.wx.at(first_row + e.n)[g * p.H + e.unit];
@@ -93,28 +94,36 @@ struct ForwardCells {
   // An element's h (before the projection); `sums` gives the recurrent sums of its gates, W_hh h.
   template <class Sums>
   FUSEDRNN_DEVICE S step(const Element& e, Sums sums) {
-    const int64_t unit = e.unit, r = first_row + e.n;
-    A x[gates], rh[gates], saved[Cell::saved + 1];
-    sums(rh);
+    A sum[gates];
+    sums(sum);
+    Number x[gates], rh[gates], saved[Cell::saved + 1];
 #pragma unroll
     for (int g = 0; g < gates; ++g) {
       x[g] = widen(wx[e.i][g]) + bias[g];
-      if (g >= Cell::shared) rh[g] += b_hh[g];
+      rh[g] = g < Cell::shared ? sum[g] : sum[g] + b_hh[g];
     }
-    State<A> prev{};
+    State<Number> prev{};
     if constexpr (Cell::reads_h) prev.h = widen(h[e.i]);
     if constexpr (Cell::has_c) prev.c = c[e.i];
-    const State<A> state = Cell::forward(x, rh, prev, saved);
+    const State<Number> state = Cell::forward(x, rh, prev, saved);
+#pragma unroll
+    for (int i = 0; i < Cell::saved; ++i) this->saved[e.i][i] = narrow<S>(A(saved[i]));
+    if constexpr (Cell::has_c) c[e.i] = A(state.c);
+    return h[e.i] = narrow<S>(A(state.h));
+  }
+
+  // What backward needs of the step, and its c_n: for nobody to wait for.
+  FUSEDRNN_DEVICE void save(const Element& e) const {
+    const int64_t r = first_row + e.n;
     if (d.gates) {
 #pragma unroll
-      for (int i = 0; i < Cell::saved; ++i) d.gates.at(r)[i * p.H + unit] = narrow<S>(saved[i]);
+      for (int i = 0; i < Cell::saved; ++i) d.gates.at(r)[i * p.H + e.unit] = saved[e.i][i];
+      if (p.projected) d.gates.at(r)[Cell::saved * p.H + e.unit] = h[e.i];
     }
     if constexpr (Cell::has_c) {
-      c[e.i] = state.c;
-      if (d.cells) d.cells.at(r)[unit] = state.c;
-      if (e.n >= next_batch) d.c_n[e.n * p.H + unit] = narrow<S>(state.c);
+      if (d.cells) d.cells.at(r)[e.unit] = c[e.i];
+      if (e.n >= next_batch) d.c_n[e.n * p.H + e.unit] = narrow<S>(c[e.i]);
     }
-    return h[e.i] = narrow<S>(state.h);
   }
 
   // The layer's outputs; unit is one of p.P.
@@ -126,9 +135,11 @@ struct ForwardCells {
 
 // The backward pass of a thread's elements. Rows come in at their last step, with dh_n and dc_n, and leave one step
 // before their first, with dh0 and dc0.
-template <class Cell, class S, class Place>
+template <class Cell, class Math, class Place>
 struct BackwardCells {
+  using S = typename Math::Storage;
   using A = Accumulator<S>;
+  using Number = typename Math::Number;
   static constexpr int gates = Cell::gates;
 
   const Backward<S>& p;
@@ -140,6 +151,7 @@ struct BackwardCells {
     S saved[Cell::saved + 1], h, h_prev, dy;
     A c, c_prev, dcells;
   } of[Place::count];
+  S drh[Place::count][gates], dwx[Place::count][gates];
   A dc[Place::count], dh_direct[Place::count];
 
   // `last` is the launch's last step, its first one here.
@@ -161,19 +173,16 @@ struct BackwardCells {
 
   // Loads what a step needs beside the next one's drh: to be called before that is waited for.
   FUSEDRNN_DEVICE void fetch(int64_t step) {
-    int64_t bound[4];
-    d.steps.bounds(step - 1, bound);
-    const int known = Steps::batch(bound);
-    const int64_t row_before = Steps::first_row(bound);
-    s = step, first_row = Steps::first_row(bound + 1), batch = Steps::batch(bound + 1);
-    next_batch = Steps::batch(bound + 2), rows = batch > next_batch ? batch : next_batch;
+    const StepRows of_step = d.steps.rows(step);
+    s = step, first_row = of_step.first, batch = of_step.batch, next_batch = of_step.batch_after;
+    rows = batch > next_batch ? batch : next_batch;
     at.each(p.P, batch, [&](const Element& e) {
       if (d.dy) of[e.i].dy = d.dy.at(first_row + e.n)[e.unit];
     });
     at.each(p.H, batch, [&](const Element& e) {
       auto& to = of[e.i];
-      const int64_t r = first_row + e.n, r_prev = row_before + e.n;
-      const bool starts = e.n >= known;
+      const int64_t r = first_row + e.n, r_prev = of_step.first_before + e.n;
+      const bool starts = e.n >= of_step.batch_before;
 #pragma unroll
       for (int i = 0; i < Cell::saved; ++i) to.saved[i] = d.gates.at(r)[i * p.H + e.unit];
       if constexpr (Cell::reads_h) {
@@ -206,30 +215,35 @@ struct BackwardCells {
     }
   }
 
-  // The cell's derivative: an element's gradients from dL/dh (before the projection). Calls emit(gate, drh).
-  template <class Emit>
-  FUSEDRNN_DEVICE void step(const Element& e, A dh, Emit emit) {
+  // The cell's derivative: an element's gradients from dL/dh (before the projection).
+  FUSEDRNN_DEVICE void step(const Element& e, A dh) {
     const auto& from = of[e.i];
-    const int64_t r = first_row + e.n;
-    A saved[Cell::saved + 1], dwx[gates], drh[gates];
+    Number saved[Cell::saved + 1], dwx[gates], drh[gates];
 #pragma unroll
     for (int i = 0; i < Cell::saved; ++i) saved[i] = widen(from.saved[i]);
-    State<A> prev{}, now{}, upstream{dh, A(0)};
+    State<Number> prev{}, now{}, upstream{dh, A(0)};
     if constexpr (Cell::reads_h) prev.h = widen(from.h_prev), now.h = widen(from.h);
     if constexpr (Cell::has_c) {
       prev.c = from.c_prev, now.c = from.c;
       upstream.c = (e.n < next_batch ? dc[e.i] : value(d.dc_n, e.n * p.H + e.unit)) + from.dcells;
     }
-    const State<A> dprev = Cell::backward(saved, prev, now, upstream, dwx, drh);
+    const State<Number> dprev = Cell::backward(saved, prev, now, upstream, dwx, drh);
 #pragma unroll
     for (int g = 0; g < gates; ++g) {
-      const S rounded = narrow<S>(drh[g]);
-      d.drh.at(r)[g * p.H + e.unit] = rounded;
-      if (d.dwx) d.dwx.at(r)[g * p.H + e.unit] = narrow<S>(dwx[g]);
-      emit(g, rounded);
+      this->drh[e.i][g] = narrow<S>(A(drh[g]));
+      if (g >= Cell::shared) this->dwx[e.i][g] = narrow<S>(A(dwx[g]));
     }
-    if constexpr (Cell::carries_h) dh_direct[e.i] = dprev.h;
-    if constexpr (Cell::has_c) dc[e.i] = dprev.c;
+    if constexpr (Cell::carries_h) dh_direct[e.i] = A(dprev.h);
+    if constexpr (Cell::has_c) dc[e.i] = A(dprev.c);
+  }
+
+  FUSEDRNN_DEVICE void save(const Element& e) const {
+    const int64_t r = first_row + e.n;
+#pragma unroll
+    for (int g = 0; g < gates; ++g) {
+      d.drh.at(r)[g * p.H + e.unit] = drh[e.i][g];
+      if (d.dwx) d.dwx.at(r)[g * p.H + e.unit] = g < Cell::shared ? drh[e.i][g] : dwx[e.i][g];
+    }
   }
 };
 

@@ -11,34 +11,33 @@ namespace fusedrnn::cuda {
 // Elements between the counters of neighbouring batch tiles: each has 128 bytes of its own.
 constexpr int counter_pitch = 32;
 
+// Where a step's rows and those of the step before begin, and how many each has; steps before the first and after the
+// last have none.
+struct StepRows {
+  int64_t first, first_before;
+  int batch, batch_before, batch_after;
+};
+
 // The steps of one direction, in the order they are computed: s = 0 is time 0, or T - 1 in reverse.
 struct Steps {
   int64_t T, N;
   const int64_t* offset;  // [T + 1], the first row of each time step; null: every step has N rows
   bool reverse;
 
-  // Rows that steps s, s + 1, ... lie between: s those from of[0] to of[1], or in reverse from of[1] to of[0]. Steps
-  // before the first and after the last have none. All loads are under way together.
-  template <int count>
-  FUSEDRNN_DEVICE void bounds(int64_t s, int64_t (&of)[count]) const {
-    for (int i = 0; i < count; ++i) {
-      const int64_t after = s + i < 0 ? 0 : s + i > T ? T : s + i;
-      of[i] = reverse ? T - after : after;
+  FUSEDRNN_DEVICE StepRows rows(int64_t s) const {
+    if (!offset) {
+      const int64_t t = reverse ? T - 1 - s : s;
+      const auto batch = [this](int64_t step) { return step >= 0 && step < T ? int(N) : 0; };
+      return {t * N, (reverse ? t + 1 : t - 1) * N, batch(s), batch(s - 1), batch(s + 1)};
     }
-    for (int64_t& bound : of) bound = offset ? offset[bound] : bound * N;
-  }
-  FUSEDRNN_DEVICE static int64_t first_row(const int64_t* of) { return of[0] < of[1] ? of[0] : of[1]; }
-  FUSEDRNN_DEVICE static int batch(const int64_t* of) { return int(of[0] < of[1] ? of[1] - of[0] : of[0] - of[1]); }
-
-  FUSEDRNN_DEVICE int64_t first_row(int64_t s) const {
-    int64_t of[2];
-    bounds(s, of);
-    return first_row(of);
-  }
-  FUSEDRNN_DEVICE int batch(int64_t s) const {
-    int64_t of[2];
-    bounds(s, of);
-    return batch(of);
+    int64_t of[4];  // the rows that steps s - 1, s and s + 1 lie between; all loads are under way together
+    for (int i = 0; i < 4; ++i) {
+      const int64_t after = s + i < 1 ? 0 : s + i - 1 > T ? T : s + i - 1;
+      of[i] = offset[reverse ? T - after : after];
+    }
+    const auto first = [&](int i) { return of[i] < of[i + 1] ? of[i] : of[i + 1]; };
+    const auto batch = [&](int i) { return int(of[i] < of[i + 1] ? of[i + 1] - of[i] : of[i] - of[i + 1]); };
+    return {first(1), first(0), batch(1), batch(0), batch(2)};
   }
 };
 

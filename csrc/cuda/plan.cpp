@@ -19,7 +19,7 @@ int64_t k_block(const PlanRequest& r) { return 4 * vector_bytes / r.element; }
 // A block's partial sums, and the weights that are not in its registers.
 int64_t sums_bytes(const PlanRequest& r, TileShape shape) {
   const int64_t accumulator = std::max<int64_t>(r.element, 4);
-  return accumulator * (block_warps / shape.n_warps) * shape.columns() * sums_pitch(1, r.rows());
+  return accumulator * (block_warps / shape.n_warps) * shape.columns() * sums_pitch(r.rows() * block_units);
 }
 int64_t weights_bytes(const PlanRequest& r, TileShape shape) {
   const int k_warps = block_warps / shape.n_warps, near = resident_tiles(shape.n_tiles) / r.rows();
@@ -50,7 +50,7 @@ ClusterShape cluster_shape(const PlanRequest& r, int64_t blocks) {
     c.far_blocks = far_blocks(c.k_blocks, c.k_warps, near_blocks(c.tiles));
     inbox = 2 * c.k_blocks * (fragment_bytes / 2);
     outbox = cluster_columns * c.groups * block_units * r.element;
-    sums = c.k_warps * cluster_columns * sums_pitch(c.groups, r.gates) * int64_t(sizeof(float));
+    sums = c.k_warps * cluster_columns * gates_pitch(c.groups, r.gates) * gate_floats(r.gates) * int64_t(sizeof(float));
   }
   c.inbox = inbox_alignment, c.outbox = c.inbox + inbox, c.sums = c.outbox + outbox, c.far = c.sums + sums;
   c.shared_bytes = c.far + c.warps() * c.far_blocks * c.tiles * fragment_bytes;

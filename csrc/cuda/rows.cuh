@@ -34,18 +34,15 @@ template <class S>
 FUSEDRNN_KERNEL(row_threads)
 previous_rows(const PreviousRows<S> p) {
   for (int64_t s = block_index().x; s < p.steps.T; s += grid_size().x) {
-    int64_t bound[3];
-    p.steps.bounds(s - 1, bound);
-    const int known = Steps::batch(bound), batch = Steps::batch(bound + 1);
-    const int64_t row_before = Steps::first_row(bound), row = Steps::first_row(bound + 1);
-    for (int64_t n = block_index().y; n < batch; n += grid_size().y) {
+    const StepRows rows = p.steps.rows(s);
+    for (int64_t n = block_index().y; n < rows.batch; n += grid_size().y) {
       for (int64_t unit = thread_index(); unit < p.P; unit += row_threads) {
         S h{};
-        if (n < known)
-          h = p.y.at(row_before + n)[unit];
+        if (n < rows.batch_before)
+          h = p.y.at(rows.first_before + n)[unit];
         else if (p.h0)
           h = p.h0[n * p.P + unit];
-        p.h_prev[(row + n) * p.P + unit] = h;
+        p.h_prev[(rows.first + n) * p.P + unit] = h;
       }
     }
   }

@@ -67,7 +67,7 @@ struct ForwardStep {
   using Recurrence = Tile<Math, gates, n_tiles, n_warps>;
   using Projection = Tile<Math, 1, n_tiles, n_warps>;
   using Place = TilePlace<Recurrence>;
-  using Cells = ForwardCells<Cell, S, Place>;
+  using Cells = ForwardCells<Cell, Math, Place>;
 
   // Rows of the tile's weights: row m is unit m % 16 of gate m / 16.
   struct W_hh {
@@ -94,12 +94,14 @@ struct ForwardStep {
 #pragma unroll
         for (int g = 0; g < gates; ++g) rh[g] = Recurrence::sum(sums, g * units + e.m, e.column);
       });
-      if (p.projected) {
-        d.unprojected.at(e.n)[e.unit] = h;
-        if (d.gates) d.gates.at(cells.first_row + e.n)[Cell::saved * p.H + e.unit] = h;
-      } else {
-        store(d, cells, e, h);
-      }
+      (p.projected ? d.unprojected : d.h[(cells.s + 1) % 2]).at(e.n)[e.unit] = h;
+    });
+  }
+  // What nobody waits for.
+  FUSEDRNN_DEVICE static void save(const Forward<S>& p, const Place& at, const Cells& cells) {
+    at.each(p.H, cells.batch, [&](const Element& e) {
+      cells.save(e);
+      if (!p.projected) cells.output(e.unit, e.n, cells.h[e.i]);
     });
   }
 
@@ -111,13 +113,11 @@ struct ForwardStep {
         sums, [&](int m) { return d.w_hr.at(smaller(at.unit + m, p.P - 1)); },
         [&](int n) { return d.unprojected.at(smaller(at.row + n, cells.batch - 1)); }, d.w_hr.row);
     sync_block();
-    at.each(p.P, cells.batch,
-            [&](const Element& e) { store(d, cells, e, narrow<S>(Projection::sum(sums, e.m, e.column))); });
-  }
-
-  FUSEDRNN_DEVICE static void store(const ForwardDirection<S>& d, const Cells& cells, const Element& e, S h) {
-    d.h[(cells.s + 1) % 2].at(e.n)[e.unit] = h;
-    cells.output(e.unit, e.n, h);
+    at.each(p.P, cells.batch, [&](const Element& e) {
+      const S h = narrow<S>(Projection::sum(sums, e.m, e.column));
+      d.h[(cells.s + 1) % 2].at(e.n)[e.unit] = h;
+      cells.output(e.unit, e.n, h);
+    });
   }
 };
 
@@ -139,8 +139,10 @@ forward_kernel(const Forward<typename Math::Storage> p) {
     if (p.range.recurrence) Step::recurrence(p, d, at, cells, w_hh);
     if (p.range.recurrence && p.range.projection) meeting.meet();
     if (p.range.projection) Step::projection(p, d, at, cells);
-    if (s + 1 < p.range.last) {
-      meeting.arrive();
+    const bool goes_on = s + 1 < p.range.last;
+    if (goes_on) meeting.arrive();
+    if (p.range.recurrence) Step::save(p, at, cells);
+    if (goes_on) {
       cells.fetch(s + 1);
       meeting.wait();
     }
@@ -155,7 +157,7 @@ struct BackwardStep {
   using A = Accumulator<S>;
   using Product = Tile<Math, 1, n_tiles, n_warps>;
   using Place = TilePlace<Product>;
-  using Cells = BackwardCells<Cell, S, Place>;
+  using Cells = BackwardCells<Cell, Math, Place>;
 
   struct W_hh {
     const Backward<S>& p;
@@ -170,7 +172,7 @@ struct BackwardStep {
     if (at.unit >= p.P) return;
     A* sums = shared_sums<Product>();
     if (at.row < cells.next_batch) {
-      const int64_t next_row = d.steps.first_row(cells.s + 1);
+      const int64_t next_row = d.steps.rows(cells.s + 1).first;
       Product::multiply(
           sums, w_hh, [&](int n) { return d.drh.at(next_row + smaller(at.row + n, cells.next_batch - 1)); },
           d.w_hh.row);
@@ -184,7 +186,8 @@ struct BackwardStep {
       } else if (p.projected) {
         d.dh.at(cells.first_row + e.n)[e.unit] = narrow<S>(dh + cells.dy(e));
       } else {
-        cells.step(e, dh + cells.dy(e), [](int, S) {});
+        cells.step(e, dh + cells.dy(e));
+        cells.save(e);
       }
     });
   }
@@ -200,10 +203,12 @@ struct BackwardStep {
     }
     sync_block();
     at.each(p.H, cells.rows, [&](const Element& e) {
-      if (e.n >= cells.batch)
+      if (e.n >= cells.batch) {
         cells.initial_c(e);
-      else
-        cells.step(e, Product::sum(sums, e.m, e.column), [](int, S) {});
+      } else {
+        cells.step(e, Product::sum(sums, e.m, e.column));
+        cells.save(e);
+      }
     });
   }
 };

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "cluster_shape.h"
+#include "quick.cuh"
 #include "weights.cuh"
 
 namespace fusedrnn::cuda {
@@ -19,6 +20,7 @@ constexpr int block_size = block_warps * warp_size;
 template <class S>
 struct TensorCores {
   using Storage = S;
+  using Number = Quick;                               // what a cell computes with
   static constexpr bool resident = true;              // a may stay on the chip
   static constexpr int vector = 16 / int(sizeof(S));  // elements a lane loads
   static constexpr int k = 4 * vector;                // of each row, for one product
@@ -42,6 +44,7 @@ struct TensorCores {
 template <class S>
 struct Fma {
   using Storage = S;
+  using Number = S;
   static constexpr bool resident = false;
   static constexpr int vector = 16 / int(sizeof(S)), k = vector;
   static constexpr int b_rows = 2;
@@ -68,7 +71,7 @@ struct Tile {
   using A = Accumulator<S>;
   static constexpr int rows = 16 * m_tiles, columns = 8 * n_tiles * n_warps;
   static constexpr int k_warps = block_warps / n_warps;
-  static constexpr int pitch = sums_pitch(1, m_tiles);
+  static constexpr int pitch = sums_pitch(rows);
   static constexpr int64_t sums_bytes = int64_t(sizeof(A)) * k_warps * columns * pitch;
 
   // a where it stays on the chip. Warps that have the same k write the same to shared memory.

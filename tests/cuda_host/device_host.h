@@ -140,6 +140,9 @@ inline uint32_t round_to_tf32(uint32_t bits) {
   return std::isfinite(bits_to_float(bits)) ? (bits + 0x1000) & ~0x1fffu : bits;
 }
 
+inline float approximate_exp2(float x) { return std::exp2(x); }
+inline float approximate_inverse(float x) { return 1 / x; }
+
 // A lane's fragments of one product; the last lane to come computes it for the whole warp.
 struct MmaOperands {
   float* c;

@@ -72,6 +72,14 @@ Execute comparison(std::string_view relation, std::string_view type) {
     if (relation == "le") return compare<T, less_equal>;
     if (relation == "gt") return compare<T, greater>;
     if (relation == "ge") return compare<T, greater_equal>;
+    if constexpr (std::is_floating_point_v<T>) {
+      if (relation == "equ") return compare<T, equal_unordered>;
+      if (relation == "neu") return compare<T, not_equal_unordered>;
+      if (relation == "ltu") return compare<T, less_unordered>;
+      if (relation == "leu") return compare<T, less_equal_unordered>;
+      if (relation == "gtu") return compare<T, greater_unordered>;
+      if (relation == "geu") return compare<T, greater_equal_unordered>;
+    }
     return nullptr;
   });
 }
@@ -116,6 +124,7 @@ Execute arithmetic(const Form& form) {
       if (name == "and") return binary<T, bit_and>;
       if (name == "or") return binary<T, bit_or>;
       if (name == "xor") return binary<T, bit_xor>;
+      if (name == "bfi" && sizeof(T) == 4) return insert_bits<T>;
       if (name == "shl") return shift_left<T>;
       if (name == "shr") return shift_right<T>;
       if (name == "not") return form.type() == "pred" ? invert_predicate : invert<T>;
@@ -125,6 +134,8 @@ Execute arithmetic(const Form& form) {
     }
     if constexpr (std::is_same_v<T, float>) {
       if (name == "div" && form.has("approx")) return binary<T, divide_approximately>;
+      if (name == "rcp" && form.has("approx") && form.has("ftz")) return reciprocal_approximately;
+      if (name == "ex2" && form.has("approx") && form.has("ftz")) return exp2_approximately;
     }
     return nullptr;
   };

@@ -57,6 +57,13 @@ constexpr auto less = [](auto a, auto b) { return a < b; };
 constexpr auto less_equal = [](auto a, auto b) { return a <= b; };
 constexpr auto greater = [](auto a, auto b) { return a > b; };
 constexpr auto greater_equal = [](auto a, auto b) { return a >= b; };
+// The same, or one is not a number.
+constexpr auto equal_unordered = [](auto a, auto b) { return !not_equal(a, b); };
+constexpr auto not_equal_unordered = [](auto a, auto b) { return !(a == b); };
+constexpr auto less_unordered = [](auto a, auto b) { return !(a >= b); };
+constexpr auto less_equal_unordered = [](auto a, auto b) { return !(a > b); };
+constexpr auto greater_unordered = [](auto a, auto b) { return !(a <= b); };
+constexpr auto greater_equal_unordered = [](auto a, auto b) { return !(a < b); };
 
 template <class T, auto f>
 void binary(Thread& t, const Instruction& i) {
@@ -90,6 +97,13 @@ void shift_right(Thread& t, const Instruction& i) {
   const T value = t.get<T>(i.at[1]);
   t.set(i.at[0], by < 8 * sizeof(T) ? T(value >> by) : T(std::is_signed_v<T> && value < T(0) ? -1 : 0));
 }
+// a's lowest bits go into b, `length` of them from bit `first` on.
+template <class T>
+void insert_bits(Thread& t, const Instruction& i) {
+  const uint64_t first = t.get<uint32_t>(i.at[3]) & 0xff, length = t.get<uint32_t>(i.at[4]) & 0xff;
+  const uint64_t bits = ((uint64_t(1) << length) - 1) << first;
+  t.set(i.at[0], T((uint64_t(t.get<T>(i.at[1])) << first & bits) | (uint64_t(t.get<T>(i.at[2])) & ~bits)));
+}
 template <class T>
 void invert(Thread& t, const Instruction& i) {
   t.set(i.at[0], T(~t.get<T>(i.at[1])));
@@ -98,6 +112,14 @@ inline void invert_predicate(Thread& t, const Instruction& i) { t.set(i.at[0], u
 template <class T>
 void reciprocal(Thread& t, const Instruction& i) {
   t.set(i.at[0], T(1) / t.get<T>(i.at[1]));
+}
+// With small numbers taken for 0, before and after.
+inline float flushed(float x) { return std::fabs(x) < 0x1p-126f ? std::copysign(0.f, x) : x; }
+inline void reciprocal_approximately(Thread& t, const Instruction& i) {
+  t.set(i.at[0], flushed(1 / flushed(t.get<float>(i.at[1]))));
+}
+inline void exp2_approximately(Thread& t, const Instruction& i) {
+  t.set(i.at[0], flushed(std::exp2(flushed(t.get<float>(i.at[1])))));
 }
 template <class T>
 void select(Thread& t, const Instruction& i) {
