@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -86,6 +87,13 @@ def test_headers_of_the_oldest_torch_are_enough(name):
     """Not every name of newer headers depends on the version that is built for; nor what a macro of theirs expands."""
     sources = [path for kind in ("*.h", "*.cpp", "*.cu", "*.cuh") for path in (ROOT / "csrc").rglob(kind)]
     assert sources and not [str(path) for path in sources if name in path.read_text()]
+
+
+def test_every_mutant_can_be_made():
+    """What tools/mutants.py takes away stands in its file, once."""
+    mutants = runpy.run_path(str(ROOT / "tools" / "mutants.py"))["MUTANTS"]
+    found = {what: (ROOT / "csrc/cuda" / file).read_text().count(old) for what, file, old, _ in mutants}
+    assert len(mutants) > 30 and set(found.values()) == {1}, found
 
 
 def test_cpu_capability():

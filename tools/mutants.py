@@ -21,10 +21,10 @@ TESTS = [
 
 KEEP = "a_row({} + lane() / 4) + k_of(i)"
 SUMS = "cells.batch - 1)); }}, d.w_hh.row);\n    {}"
-MEETING = "meeting.arrive();\n      {}\n      meeting.wait();"
+BACKWARD_MEETING = "meeting.arrive();\n      cells.fetch(s - 1);\n      meeting.wait();"
 CLUSTER_SUMS = "{}\n      at.each(p.H, cells.batch,"
-CLUSTER_SEND = "// no next step\n      {}"
-CLUSTER_DRH = "// no step before\n      {}"
+CLUSTER_SEND = "if (goes_on) {{\n        {}\n        const unsigned columns"
+CLUSTER_DRH = "if (goes_on) {{\n        {}\n        const unsigned H"
 CLUSTER_WAIT = "{}\n      float c[gates][1][4]"
 WAVE_C = "= cells.h[e.i]; }});\n    {}"
 CLUSTER_START = "cells(p, d, at, p.range.first);\n    {}"
@@ -36,8 +36,8 @@ def swap(text: str, old: str, new: str) -> tuple[str, str]:
 
 MUTANTS = [
     ("no barrier before the sums are read", "stepwise.cuh", *swap(SUMS, "sync_block();", "")),
-    ("no meeting between forward steps", "stepwise.cuh", MEETING.format("cells.fetch(s + 1);"), "cells.fetch(s + 1);"),
-    ("no meeting between backward steps", "stepwise.cuh", MEETING.format("cells.fetch(s - 1);"), "cells.fetch(s - 1);"),
+    ("no meeting between forward steps", "stepwise.cuh", "if (goes_on) meeting.arrive();", "if (goes_on) {}"),
+    ("no meeting between backward steps", "stepwise.cuh", BACKWARD_MEETING, "cells.fetch(s - 1);"),
     ("a meeting doesn't wait", "stepwise.cuh", "wait_for(counter_, target_);", ";"),
     ("a meeting doesn't signal", "stepwise.cuh", "signal(counter_);", ";"),
     ("h goes to the buffer that is being read", "stepwise.cuh", "d.h[(cells.s + 1) % 2].at", "d.h[cells.s % 2].at"),
@@ -45,7 +45,7 @@ MUTANTS = [
     (
         "backward reads the wrong step",
         "stepwise.cuh",
-        *swap("next_row = d.steps.first_row(cells.s{});", " + 1", ""),
+        *swap("next_row = d.steps.rows(cells.s{}).first;", " + 1", ""),
     ),
     ("cluster: no barrier before the sums are read", "cluster.cuh", *swap(CLUSTER_SUMS, "sync_block();", "")),
     ("cluster: no barrier before h is sent", "cluster.cuh", *swap(CLUSTER_SEND, "sync_block();", "")),
@@ -62,11 +62,11 @@ MUTANTS = [
     (
         "cluster: h goes to the buffer that is being read",
         "cluster.cuh",
-        *swap("slot = h + {} * inbox", "inbox.buffer()", "(1 - inbox.buffer())"),
+        *swap("to_h = h + {} * inbox", "inbox.buffer()", "(1 - inbox.buffer())"),
     ),
     ("cluster: drh goes where it may still be read", "cluster.cuh", "outbox + (s & 1) * outbox_vectors;", "outbox;"),
     ("cluster: expects too few bytes", "cluster.cuh", "mine * pairs * shape.blocks", "mine * pairs"),
-    ("cluster: parts of dh go to the wrong place", "cluster.cuh", "rank * own_floats +", "to * own_floats +"),
+    ("cluster: parts of dh go to the wrong place", "cluster.cuh", "rank * own_floats;", "0 * own_floats;"),
     (
         "cluster: a block that is alone doesn't meet",
         "cluster.cuh",
