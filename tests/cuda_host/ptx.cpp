@@ -2,9 +2,11 @@
 
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <fstream>
 #include <map>
 #include <memory>
+#include <set>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -191,8 +193,8 @@ std::vector<std::string_view> separated(std::string_view s, char by) {
 struct Module {
   std::map<std::string, PtxKernel, std::less<>> kernels;
   std::map<std::string, std::unique_ptr<unsigned char[]>, std::less<>> variables;
-  std::map<std::string, bool, std::less<>> shared;
-} module;
+  std::set<std::string, std::less<>> shared;
+} loaded;
 
 class Decoder {
  public:
@@ -272,9 +274,8 @@ class Decoder {
     } else {
       size_t at = 0;
       for (size_t from = 0; from < operands.size();) {
-        const char close = operands[from] == '{' ? '}' : ',';
-        size_t to = std::min(operands.find(close, from), operands.size());
-        const bool is_vector = close == '}';
+        const bool is_vector = operands[from] == '{';
+        const size_t to = std::min(operands.find(is_vector ? '}' : ',', from), operands.size());
         const auto group = separated(operands.substr(from + is_vector, to - from - is_vector), ',');
         for (const std::string_view name : group) {
           if (at == i.at.size()) fail_at(i.text, "too many operands");
@@ -282,8 +283,8 @@ class Decoder {
         }
         form.groups.push_back(int(group.size()));
         i.count = std::max(i.count, int(group.size()));
-        to = operands.find(',', is_vector ? to : to);
-        from = to == operands.npos ? operands.size() : operands.find_first_not_of(" \t\n", to + 1);
+        const size_t comma = operands.find(',', to);
+        from = comma == operands.npos ? operands.size() : operands.find_first_not_of(" \t\n", comma + 1);
       }
       const bool is_counter = form.words[0] == "mbarrier";
       i.bytes = is_counter ? int(sizeof(Mbarrier)) : (bits_of(form.type()) + 7) / 8;
@@ -309,8 +310,8 @@ class Decoder {
     }
     if (s == "_") return kernel_.registers++;
     if (s.find("_param_") != s.npos) return constant(0);
-    if (module.shared.contains(s)) return shared_register;
-    if (const auto found = module.variables.find(s); found != module.variables.end())
+    if (loaded.shared.contains(s)) return shared_register;
+    if (const auto found = loaded.variables.find(s); found != loaded.variables.end())
       return constant(reinterpret_cast<uint64_t>(found->second.get()));
     const std::string text(s);
     if (s.starts_with("0f") || s.starts_with("0d")) return constant(std::stoull(text.substr(2), nullptr, 16));
@@ -345,9 +346,9 @@ void declare(std::string_view line) {
   if (open == line.npos) return;
   const std::string name(line.substr(space + 1, open - space - 1));
   if (line.find(".shared") != line.npos)
-    module.shared[name] = true;
+    loaded.shared.insert(name);
   else if (line.starts_with(".global") && line.find('=') == line.npos)
-    module.variables[name] = std::make_unique<unsigned char[]>(size_t(std::atoi(line.data() + open + 1)));
+    loaded.variables[name] = std::make_unique<unsigned char[]>(size_t(std::atoi(line.data() + open + 1)));
 }
 
 void load_ptx(const char* path) {
@@ -364,7 +365,7 @@ void load_ptx(const char* path) {
         kernel->body += line + "\n";
     } else if (const size_t entry = line.find(".entry "); entry != line.npos) {
       const size_t name = entry + 7;
-      kernel = &(module.kernels[line.substr(name, line.find('(') - name)] = {});
+      kernel = &(loaded.kernels[line.substr(name, line.find('(') - name)] = {});
     } else if (line.find("_param_") != line.npos) {
       kernel->param_bytes = size_t(std::atoi(line.c_str() + line.rfind('[') + 1));
     } else if (line == "{") {
@@ -378,11 +379,11 @@ void load_ptx(const char* path) {
 }  // namespace
 
 const PtxKernel* find_ptx(const void* function) {
-  if (module.kernels.empty()) return nullptr;
+  if (loaded.kernels.empty()) return nullptr;
   Dl_info info{};
   if (!dladdr(function, &info) || !info.dli_sname || info.dli_saddr != function) fail("a kernel without a name");
-  const auto found = module.kernels.find(std::string_view(info.dli_sname));
-  if (found == module.kernels.end()) fail_at(info.dli_sname, "not in the PTX");
+  const auto found = loaded.kernels.find(std::string_view(info.dli_sname));
+  if (found == loaded.kernels.end()) fail_at(info.dli_sname, "not in the PTX");
   PtxKernel& kernel = found->second;
   if (kernel.code.empty()) Decoder{kernel};
   return &kernel;
