@@ -237,6 +237,7 @@ struct BackwardCells {
     if constexpr (Cell::has_c) dc[e.i] = A(dprev.c);
   }
 
+  // The gates' gradients, for the products over all rows; and for the next step, where blocks read them from memory.
   FUSEDRNN_DEVICE void save(const Element& e) const {
     const int64_t r = first_row + e.n;
 #pragma unroll
