@@ -112,7 +112,7 @@ endif
 cuda-host: $(VENV)/.test
 	PYTHONPATH=tools $(BIN)/pytest -q -p cuda_host --ops fusedrnn_cuda_host --every 11 $(CUDA_HOST) $(ARGS)
 
-# The same kernels as nvcc compiles them, interpreted: what only a GPU would run, and every data race.
+# The same kernels as nvcc compiles them, interpreted: what only a GPU would run, and a search for data races.
 ptx: $(VENV)/.test
 	PYTHONPATH=tools $(BIN)/pytest -q -p cuda_host --ops fusedrnn_cuda_host --ptx 9.0a --every 101 -k 'not large_ragged' $(CUDA_HOST) $(ARGS)
 

@@ -22,6 +22,7 @@ from toolchain import NVCC_FLAGS, STABLE_ABI, Nvcc, fail, find_compiler, find_nv
 ROOT = Path(__file__).resolve().parent.parent
 NAMESPACE = "fusedrnn_cuda_host"
 LIBRARY = pytest.StashKey[ctypes.CDLL]()
+# Symbols stay visible: by a kernel's name its PTX is found.
 FLAGS = ["-std=c++20", "-g1", "-fPIC", "-fno-math-errno", "-fno-trapping-math"]
 FLAGS += ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-attributes"]
 DEFINES = [STABLE_ABI, f"-DFUSEDRNN_NAMESPACE={NAMESPACE}", "-DFUSEDRNN_CUDA_KEY=CPU"]
@@ -97,7 +98,8 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     from fusedrnn import _C
 
     sanitize = _C.build_info()["sanitize"] or ""
-    folder, sources = ROOT / "build" / "-".join(["cuda_host", *sanitize.split(",")]).rstrip("-"), ROOT
+    name = "cuda_host" + "".join("-" + word for word in sanitize.split(",") if word)
+    folder, sources = ROOT / "build" / name, ROOT
     if mutation := session.config.getoption("--mutate"):
         folder /= hashlib.sha1(mutation.encode()).hexdigest()[:12]
         sources = mutated(tuple(json.loads(mutation)), folder)

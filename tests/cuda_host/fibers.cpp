@@ -254,8 +254,7 @@ int free_processors() { return scheduler.processors - scheduler.busy; }
 
 // For the tests: the order in which threads run; how many blocks at the same time, and room for how many something else
 // takes.
-extern "C" __attribute__((visibility("default"))) void fusedrnn_cuda_host_configure(uint64_t seed, int processors,
-                                                                                    int busy) {
+extern "C" void fusedrnn_cuda_host_configure(uint64_t seed, int processors, int busy) {
   using fusedrnn::cuda::host::scheduler;
   scheduler.random.seed(seed);
   scheduler.processors = processors, scheduler.busy = busy;

@@ -57,13 +57,6 @@ constexpr auto less = [](auto a, auto b) { return a < b; };
 constexpr auto less_equal = [](auto a, auto b) { return a <= b; };
 constexpr auto greater = [](auto a, auto b) { return a > b; };
 constexpr auto greater_equal = [](auto a, auto b) { return a >= b; };
-// The same, or one is not a number.
-constexpr auto equal_unordered = [](auto a, auto b) { return !not_equal(a, b); };
-constexpr auto not_equal_unordered = [](auto a, auto b) { return !(a == b); };
-constexpr auto less_unordered = [](auto a, auto b) { return !(a >= b); };
-constexpr auto less_equal_unordered = [](auto a, auto b) { return !(a > b); };
-constexpr auto greater_unordered = [](auto a, auto b) { return !(a <= b); };
-constexpr auto greater_equal_unordered = [](auto a, auto b) { return !(a < b); };
 
 template <class T, auto f>
 void binary(Thread& t, const Instruction& i) {
@@ -72,6 +65,12 @@ void binary(Thread& t, const Instruction& i) {
 template <class T, auto f>
 void compare(Thread& t, const Instruction& i) {
   t.set(i.at[0], uint64_t(f(t.get<T>(i.at[1]), t.get<T>(i.at[2]))));
+}
+// The same, or one is not a number.
+template <class T, auto f>
+void compare_unordered(Thread& t, const Instruction& i) {
+  const T a = t.get<T>(i.at[1]), b = t.get<T>(i.at[2]);
+  t.set(i.at[0], uint64_t(std::isunordered(a, b) || f(a, b)));
 }
 template <class T>
 void multiply_wide(Thread& t, const Instruction& i) {

@@ -38,7 +38,7 @@ Races::View Races::view() {
 }
 
 bool Races::View::is_over(const Moment& moment) const {
-  if (moment.actor < 0 || (moment.actor == now.actor && moment.thread == now.thread)) return true;
+  if (moment.actor == now.actor && moment.thread == now.thread) return true;
   return moment.interval < std::max(of_block->of(moment.actor), of_thread->of(moment.actor));
 }
 
@@ -137,6 +137,7 @@ void Races::cluster_met(Together& cluster) {
 }
 
 void Races::forget(const Block& block) {
+  if (pages_.empty()) return;  // nobody tells what the kernels built for the CPU access
   each_place(block.shared, block.shared_bytes, [](Place& place) { place = {}; });
   for (auto i = mailboxes_.begin(); i != mailboxes_.end();) {
     const auto* at = static_cast<const unsigned char*>(i->first);

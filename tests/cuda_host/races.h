@@ -17,8 +17,8 @@ namespace fusedrnn::cuda::host {
 
 // Who accesses memory, and when.
 struct Moment {
-  int actor = -1, thread = 0;
-  uint32_t interval = 0;
+  int actor, thread;
+  uint32_t interval;
 };
 struct Sender {
   Moment moment;
