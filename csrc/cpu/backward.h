@@ -261,7 +261,8 @@ class BackwardPass {
   template <class Dh>
   void cell(const Matrix<S>& matrix, int64_t panel, int64_t count, const Chunk& chunk, int64_t s, int64_t n, Dh dh) {
     const int64_t t = shape_.time(s), H = shape_.H, carried = shape_.step_batch(s - 1);
-    const int64_t before = s > 0 ? shape_.time(s - 1) : t;
+    const int64_t before = s > 0 ? shape_.time(s - 1) : t, first_unit = matrix.first_unit(panel);
+    const int vectors = matrix.unit_vectors(panel);
     for (int64_t i = 0; i < count; ++i) {
       const int64_t b = n + i;
       const S* gates = Cell::saved ? p_.gates.at(shape_, t, b) : nullptr;
@@ -271,8 +272,8 @@ class BackwardPass {
       const S* h = p_.y.at(shape_, t, b);
       const S* h_prev = h_before(before, b, carried);
       S* dgates = drh(chunk, s, b);
-      for (int v = 0; v < matrix.unit_vectors(panel); ++v) {
-        const int64_t unit = matrix.first_unit(panel) + v * w;
+      for (int v = 0; v < vectors; ++v) {
+        const int64_t unit = first_unit + v * w;
         for (int k = 0; k < Cell::saved; ++k) __builtin_prefetch(gates + rows_ahead * p_.gates.row + k * H + unit);
         if (Cell::has_c) __builtin_prefetch(c_prev + rows_ahead * p_.cells.row + unit);
         if (Cell::reads_h) __builtin_prefetch(h_prev + rows_ahead * p_.y.row + unit);

@@ -188,20 +188,20 @@ class ForwardPass {
   // The cell on `count` entries from b at time t and the units of a panel.
   void cell(int64_t panel, int64_t count, const A* wx, int64_t ldwx, const A* rh, const S* h_prev, int64_t ldh,
             const A* c_prev, int64_t ldc, int64_t t, int64_t b) {
-    const int64_t H = shape_.H;
+    const int64_t H = shape_.H, first_unit = w_hh_.first_unit(panel);
     const int vectors = w_hh_.unit_vectors(panel), width = w_hh_.width();
     for (int64_t i = 0; i < count; ++i) {
       S* h_out = shape_.projected ? h_full(t, b + i) : p_.y.at(shape_, t, b + i);
       A* c_out = save && Cell::has_c ? p_.cells.at(shape_, t, b + i) : c_ + (b + i) * H;
       S* saved_out = save && Cell::saved ? p_.gates.at(shape_, t, b + i) : nullptr;
       for (int v = 0; v < vectors; ++v) {
-        const int64_t unit = w_hh_.first_unit(panel) + v * w;
+        const int64_t unit = first_unit + v * w;
         V wxv[G], rhv[G], saved[Cell::saved + 1];
         for (int g = 0; g < G; ++g) {
           wxv[g] = load(wx + i * ldwx + (v * G + g) * w);
           rhv[g] = load(rh + i * width + (v * G + g) * w);
         }
-        with_lanes<w>(shape_.H - unit, [&](auto valid) __attribute__((always_inline)) {
+        with_lanes<w>(H - unit, [&](auto valid) __attribute__((always_inline)) {
           State<V> prev{};
           if constexpr (Cell::reads_h) prev.h = load(h_prev + i * ldh + unit, valid);
           if constexpr (Cell::has_c) prev.c = load(c_prev + i * ldc + unit, valid);

@@ -13,11 +13,23 @@
 namespace fusedrnn::FUSEDRNN_ISA {
 
 constexpr int max_vectors = 4;  // panel width in vectors
+constexpr int registers = FUSEDRNN_VECTOR_BYTES == 64 ? 32 : 16;
 
 // Rows of a tile of n vectors: as many accumulators as the register file holds.
 constexpr int max_rows(int n) {
   constexpr int wide[] = {14, 14, 8, 6}, narrow[] = {6, 6, 4, 3};
   return FUSEDRNN_VECTOR_BYTES == 64 ? wide[n - 1] : narrow[n - 1];
+}
+
+// What M multiply-adds use is loaded once. If M is 2 or 3, the compiler would rather load it for each of them, and a
+// core's loads are what such tiles have too few of.
+template <int M>
+inline constexpr bool used_few_times = M == 2 || M == 3;
+template <class V>
+FUSEDRNN_INLINE void keep_in_register([[maybe_unused]] V& v) {
+#ifdef __AVX__
+  asm("" : "+v"(v));
+#endif
 }
 
 // a: row m at a + m * lda; or transposed, the k_step elements of row m for step k at a + k * lda + m * k_step.
@@ -42,7 +54,10 @@ void tile(int64_t K, const S* a, int64_t lda, const S* b, const Acc<S>* start, i
   for (int64_t k = 0; k < whole; k += step) {
     Operand<S> bk[n];
 #pragma GCC unroll 16
-    for (int v = 0; v < n; ++v) bk[v] = load_operand(b + v * w * step);
+    for (int v = 0; v < n; ++v) {
+      bk[v] = load_operand(b + v * w * step);
+      if constexpr (used_few_times<M> && (M + 1) * n < registers) keep_in_register(bk[v]);
+    }
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) {
       const Operand<S> ak = broadcast(transposed ? a + k * lda + m * step : a + m * lda + k);
@@ -134,7 +149,8 @@ void dot_tile(int64_t K, const S* a, int64_t lda, const S* w, int64_t ldw, const
     for (int m = 0; m < M; ++m) ak[m] = load_operand(a + m * lda + k, n);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      const Operand<S> wk = load_operand(w + r * ldw + k, n);
+      Operand<S> wk = load_operand(w + r * ldw + k, n);
+      if constexpr (used_few_times<M>) keep_in_register(wk);
 #pragma GCC unroll 16
       for (int m = 0; m < M; ++m) acc[m][r] = multiply_add<S>(acc[m][r], ak[m], wk);
     }
@@ -142,13 +158,8 @@ void dot_tile(int64_t K, const S* a, int64_t lda, const S* w, int64_t ldw, const
   int64_t k = 0;
   for (; k + block <= K; k += block) add(k, block);
   if (k < K) add(k, K - k);
-  for (int m = 0; m < M; ++m) {
-    const AccVec<S> all = sums<R, lanes<S> / 2>(acc[m], std::make_integer_sequence<int, lanes<S>>{});
-    if constexpr (R == lanes<S>)
-      store(out + m * ldo, all + load(start));
-    else
-      for (int r = 0; r < R; ++r) out[m * ldo + r] = all[r * (lanes<S> / R)] + start[r];
-  }
+  for (int m = 0; m < M; ++m)
+    store(out + m * ldo, sums<R>(acc[m], std::make_integer_sequence<int, lanes<S>>{}) + load(start, R), R);
 }
 
 constexpr int max_dot_rows = 4;

@@ -221,7 +221,7 @@ FUSEDRNN_INLINE AccVec<S> multiply_add(AccVec<S> acc, Operand<S> a, Operand<S> b
 
 // Lane r * (lanes / R) of the result is the sum of the lanes of rows[r]: halves on halves, for all R rows at once.
 template <int R, int half, class V, int... j>
-FUSEDRNN_INLINE V sums(V* rows, std::integer_sequence<int, j...> all) {
+FUSEDRNN_INLINE V sums_apart(V* rows, std::integer_sequence<int, j...> all) {
   constexpr int w = sizeof...(j);
   for (int r = 0; r < (R + 1) / 2; ++r) {
     const V a = rows[r], b = rows[r + R / 2];
@@ -230,7 +230,15 @@ FUSEDRNN_INLINE V sums(V* rows, std::integer_sequence<int, j...> all) {
   if constexpr (half == 1)
     return rows[0];
   else
-    return sums<(R + 1) / 2, half / 2>(rows, all);
+    return sums_apart<(R + 1) / 2, half / 2>(rows, all);
+}
+
+// Lane r < R of the result is the sum of the lanes of rows[r].
+template <int R, class V, int... j>
+FUSEDRNN_INLINE V sums(V* rows, std::integer_sequence<int, j...> all) {
+  constexpr int w = sizeof...(j);
+  const V apart = sums_apart<R, w / 2>(rows, all);
+  return shuffle<(j * (w / R) % w)...>(apart, apart);
 }
 
 }  // namespace FUSEDRNN_ISA
