@@ -196,27 +196,41 @@ FUSEDRNN_INLINE void transpose(Operand<S>* rows) {
   }
 }
 
+// acc + a b, rounded once where the processor can: left to choose, a compiler takes two instructions for some tiles,
+// and then sums depend on the tile.
+template <class V>
+FUSEDRNN_INLINE V fused_multiply_add(V acc, V a, V b) {
+#ifdef __AVX512F__
+  if constexpr (std::is_same_v<V, AccVec<float>>) return (V)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)acc);
+  if constexpr (std::is_same_v<V, AccVec<double>>) return (V)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)acc);
+#elif defined(__FMA__)
+  if constexpr (std::is_same_v<V, AccVec<float>>) return (V)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)acc);
+  if constexpr (std::is_same_v<V, AccVec<double>>) return (V)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)acc);
+#else
+  return acc + a * b;
+#endif
+}
+
 // acc + a0 b0 + a1 b1 for the bfloat16 pair of each lane.
 FUSEDRNN_INLINE AccVec<bf16> dot_bf16(AccVec<bf16> acc, Operand<bf16> a, Operand<bf16> b) {
 #ifdef __AVX512BF16__
   return (AccVec<bf16>)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
 #else
   using Pairs = Vec<uint32_t, lanes<bf16>>;
+  using V = AccVec<bf16>;
   const Pairs pa = (Pairs)a, pb = (Pairs)b;
-  acc += (AccVec<bf16>)(pa << 16) * (AccVec<bf16>)(pb << 16);
-  acc += (AccVec<bf16>)(pa & 0xffff0000u) * (AccVec<bf16>)(pb & 0xffff0000u);
-  return acc;
+  acc = fused_multiply_add(acc, (V)(pa << 16), (V)(pb << 16));
+  return fused_multiply_add(acc, (V)(pa & 0xffff0000u), (V)(pb & 0xffff0000u));
 #endif
 }
 
 // acc + a b, lane by lane; for bfloat16 the sum of a lane's two products.
 template <class S>
 FUSEDRNN_INLINE AccVec<S> multiply_add(AccVec<S> acc, Operand<S> a, Operand<S> b) {
-  if constexpr (k_step<S> == 1) {
-    return acc + a * b;
-  } else {
+  if constexpr (k_step<S> == 1)
+    return fused_multiply_add(acc, a, b);
+  else
     return dot_bf16(acc, a, b);
-  }
 }
 
 // Lane r * (lanes / R) of the result is the sum of the lanes of rows[r]: halves on halves, for all R rows at once.
