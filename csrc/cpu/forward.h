@@ -53,11 +53,11 @@ class ForwardPass {
     if (me.id >= split.threads()) return me.meet();
     Thread thread{};
     static_cast<Part&>(thread) = groups_.part(shape_, split, me.id);
-    pack_share(w_ih_, thread);
-    pack_share(w_hh_, thread);
+    thread.panels = panels_of(w_hh_, thread);
+    thread.w_ih = packed_for(w_ih_, thread, chunk_end(thread, 0) == shape_.T);
+    thread.w_hh = packed_for(w_hh_, thread, shape_.T == 1);
     if (shape_.projected) pack_share(w_hr_, thread);
     me.meet();
-    thread.panels = panels_of(w_hh_, thread);
     thread.wx = wx_ + me.id * wx_size_;
     thread.x_copy = x_ + me.id * x_size_;
     thread.rh = rh_ + me.id * rh_size_;
@@ -74,7 +74,8 @@ class ForwardPass {
   static constexpr int64_t wx_budget = 256 * 1024 / sizeof(A);
 
   struct Thread : Part {
-    Range panels;          // of w_ih and w_hh
+    Matrix<S> w_ih, w_hh;  // as this thread sees them
+    Range panels;          // of both
     A* wx;                 // [rows of the chunk, panels, width]; of one panel only if project_in_step
     S* x_copy;             // [rows of the chunk, I], where x itself is not in that form
     A* rh;                 // a block's product
@@ -138,10 +139,12 @@ class ForwardPass {
   }
 
   // wx of the chunk's rows and a panel's units.
-  void project_input(const Thread& thread, int64_t panel) {
+  void project_input(Thread& thread, int64_t panel) {
     A* wx = wx_of(thread, panel, 0);
+    if (thread.w_ih.in_turn) thread.w_ih.pack(panel);
     for_blocks({0, thread.rows}, [&](int64_t row, int64_t count) {
-      w_ih_.multiply(panel, count, thread.x + row * thread.ldx, thread.ldx, wx + row * ldwx(thread), ldwx(thread));
+      thread.w_ih.multiply(panel, count, thread.x + row * thread.ldx, thread.ldx, wx + row * ldwx(thread),
+                           ldwx(thread));
     });
   }
 
@@ -166,7 +169,7 @@ class ForwardPass {
     const auto run_panel = [&](int64_t panel, Range r, const S* h_prev, int64_t ldh, const A* c_prev, int64_t ldc) {
       for_blocks(r, [&](int64_t b, int64_t count) {
         const int64_t first = b - r.begin;
-        w_hh_.multiply(panel, count, h_prev + first * ldh, ldh, thread.rh, w_hh_.width());
+        thread.w_hh.multiply(panel, count, h_prev + first * ldh, ldh, thread.rh, w_hh_.width());
         cell(panel, count, wx_of(thread, panel, row + b - n.begin), ldwx(thread), thread.rh, h_prev + first * ldh, ldh,
              c_prev + first * ldc, ldc, t, b);
       });
@@ -176,6 +179,7 @@ class ForwardPass {
       const int64_t panel = s % 2 ? thread.panels.end - 1 - i : thread.panels.begin + i;
       const bool c_saved = save && Cell::has_c;
       if (thread.project_in_step) project_input(thread, panel);
+      if (thread.w_hh.in_turn) thread.w_hh.pack(panel);
       run_panel(panel, {n.begin, carried}, p_.y.at(shape_, before, n.begin), p_.y.row,
                 c_saved ? p_.cells.at(shape_, before, n.begin) : c_ + n.begin * H, c_saved ? p_.cells.row : H);
       run_panel(panel, {carried, n.end}, p_.h0 ? p_.h0 + carried * shape_.P : zeros_, p_.h0 ? shape_.P : 0,

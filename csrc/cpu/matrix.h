@@ -31,6 +31,7 @@ struct Matrix {
   int64_t most_rows = 1;       // of a in any product, on whatever thread
   bool packed = false;
   S* panels = nullptr;      // [panels][padded_K / k_step][vectors * w][k_step] if packed
+  bool in_turn = false;     // each panel is packed just before its only use, in the place of the one before
   Acc<S>* start = nullptr;  // [panels * width]: the bias by panels, or zeros
 
   int units_per_panel() const { return std::max(1, max_vectors / gates) * w; }
@@ -42,7 +43,9 @@ struct Matrix {
   int unit_vectors(int64_t panel) const {
     return int(divide_up(std::min<int64_t>(units - first_unit(panel), units_per_panel()), w));
   }
-  int64_t panels_size() const { return panel_count() * width() * padded_K(); }
+  int64_t panel_size() const { return width() * padded_K(); }
+  int64_t panels_size() const { return panel_count() * panel_size(); }
+  S* panel_data(int64_t panel) const { return panels + (in_turn ? 0 : panel * panel_size()); }
 
   void pack(int64_t panel) {
     const int n = unit_vectors(panel);
@@ -53,7 +56,7 @@ struct Matrix {
         store(s, bias ? load(bias + g * units + unit, std::min<int64_t>(w, units - unit)) : AccVec<S>{});
       }
     if (!packed) return;
-    S* p = panels + panel * width() * padded_K();
+    S* p = panel_data(panel);
     for (int u = 0; u < n; ++u)
       for (int g = 0; g < gates; ++g) {
         const int64_t unit = first_unit(panel) + u * w;
@@ -76,7 +79,7 @@ struct Matrix {
       return;
     }
     const Tiling<S>& tiling = MatrixUnit<S>::tiling(most_rows);
-    const S* p = panels + panel * width() * padded_K();
+    const S* p = panel_data(panel);
     const int64_t blocks = std::max<int64_t>(1, divide_up(K * n * w * sizeof(S), k_block_bytes));  // of K = 0 as well
     for (int64_t i = 0, k = 0; i < blocks; ++i) {
       const int64_t next = i + 1 == blocks ? K : round_up(K * (i + 1) / blocks, MatrixUnit<S>::k_block);
@@ -93,19 +96,24 @@ struct Matrix {
 
   // dst[k / k_step][stride][k_step] <- W's rows r < valid as columns: a transposition, block by block in registers.
   void pack_rows(S* dst, int64_t stride, const S* src, int64_t valid) const {
-    constexpr int step = k_step<S>;
-    for (int64_t k = 0; k < K; k += w * step) {
-      const int64_t count = std::min<int64_t>(w * step, K - k);
+    constexpr int step = k_step<S>, length = w * step;
+    const auto pack_block = [&](int64_t k, auto rows, auto count) __attribute__((always_inline)) {
       Operand<S> block[w];
+#pragma GCC unroll 16
       for (int r = 0; r < w; ++r) {
-        block[r] = r < valid ? load_operand(src + r * K + k, count) : Operand<S>{};
-        if (r < valid) __builtin_prefetch(src + r * K + k + 4 * w * step);
+        block[r] = r < rows ? load_operand(src + r * K + k, count) : Operand<S>{};
+        if (r < rows) __builtin_prefetch(src + r * K + k + 4 * length);
       }
       transpose<S>(block);
-      const int64_t padded = std::min<int64_t>(w * step, padded_K() - k);
+      const int64_t padded = count == length ? length : padded_K() - k;
+#pragma GCC unroll 16
       for (int j = 0; j * step < padded; ++j)
         std::memcpy(dst + (k / step + j) * stride * step, &block[j], sizeof(block[j]));
-    }
+    };
+    int64_t k = 0;
+    for (; valid == w && k + length <= K; k += length)
+      pack_block(k, std::integral_constant<int, w>{}, std::integral_constant<int, length>{});
+    for (; k < K; k += length) pack_block(k, valid, std::min<int64_t>(length, K - k));
   }
 
   void pack_columns(S* dst, int64_t stride, const S* src, int64_t valid) const {

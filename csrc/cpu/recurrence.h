@@ -103,6 +103,18 @@ void pack_share(Matrix<S>& matrix, const Part& part) {
   for (int64_t panel = panels.begin + part.row_group; panel < panels.end; panel += part.row_groups) matrix.pack(panel);
 }
 
+// A thread's view of a matrix. Panels that it alone needs, and once, wait for their turn: until they are used, they
+// would only leave its cache.
+template <class S>
+Matrix<S> packed_for(Matrix<S> matrix, const Part& part, bool used_once) {
+  matrix.in_turn = used_once && matrix.packed && part.row_groups == 1;
+  if (matrix.in_turn)
+    matrix.panels += panels_of(matrix, part).begin * matrix.panel_size();
+  else
+    pack_share(matrix, part);
+  return matrix;
+}
+
 // Calls body with the number of valid lanes of a vector of units; as a compile-time constant if all are.
 template <int w, class Body>
 FUSEDRNN_INLINE void with_lanes(int64_t valid, Body body) {
