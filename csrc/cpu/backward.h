@@ -336,10 +336,12 @@ class BackwardPass {
     const int width = w_ih_.width();
     for_blocks(part.n, [&](int64_t r, int64_t count) {
       for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
+        const int64_t first_unit = w_ih_.first_unit(panel);
+        const int vectors = w_ih_.unit_vectors(panel);
         w_ih_.multiply(panel, count, dgates_ + r * ldg_ + Slot::other * shape_.H, ldg_, block, width);
         for (int64_t i = 0; i < count; ++i)
-          for (int v = 0; v < w_ih_.unit_vectors(panel); ++v) {
-            const int64_t unit = w_ih_.first_unit(panel) + v * w, valid = std::min<int64_t>(w, I - unit);
+          for (int v = 0; v < vectors; ++v) {
+            const int64_t unit = first_unit + v * w, valid = std::min<int64_t>(w, I - unit);
             S* to = p_.dx + (chunk.row + r + i) * I + unit;
             V dx = load(block + i * width + v * w);
             if (p_.dx_accumulate) dx += load(to, valid);

@@ -21,15 +21,14 @@ constexpr int max_rows(int n) {
   return FUSEDRNN_VECTOR_BYTES == 64 ? wide[n - 1] : narrow[n - 1];
 }
 
-// What M multiply-adds use is loaded once. If M is 2 or 3, the compiler would rather load it for each of them, and a
+// v, which M multiply-adds use, loaded once. If M is 2 or 3, the compiler would rather load it for each of them, and a
 // core's loads are what such tiles have too few of.
-template <int M>
-inline constexpr bool used_few_times = M == 2 || M == 3;
-template <class V>
-FUSEDRNN_INLINE void keep_in_register([[maybe_unused]] V& v) {
+template <int M, class V>
+FUSEDRNN_INLINE V loaded_once(V v) {
 #ifdef __AVX__
-  asm("" : "+v"(v));
+  if constexpr (M == 2 || M == 3) asm("" : "+v"(v));
 #endif
+  return v;
 }
 
 // a: row m at a + m * lda; or transposed, the k_step elements of row m for step k at a + k * lda + m * k_step.
@@ -39,6 +38,7 @@ template <class S, int M, int n, bool transposed>
 void tile(int64_t K, const S* a, int64_t lda, const S* b, const Acc<S>* start, int64_t ld_start, Acc<S>* out,
           int64_t ldo) {
   constexpr int w = lanes<S>, step = k_step<S>;
+  constexpr bool fits = (M + 1) * n < registers;  // the sums and b beside an element of a
   AccVec<S> acc[M][n];
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m)
@@ -54,10 +54,7 @@ void tile(int64_t K, const S* a, int64_t lda, const S* b, const Acc<S>* start, i
   for (int64_t k = 0; k < whole; k += step) {
     Operand<S> bk[n];
 #pragma GCC unroll 16
-    for (int v = 0; v < n; ++v) {
-      bk[v] = load_operand(b + v * w * step);
-      if constexpr (used_few_times<M> && (M + 1) * n < registers) keep_in_register(bk[v]);
-    }
+    for (int v = 0; v < n; ++v) bk[v] = loaded_once<fits ? M : 1>(load_operand(b + v * w * step));
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) {
       const Operand<S> ak = broadcast(transposed ? a + k * lda + m * step : a + m * lda + k);
@@ -149,8 +146,7 @@ void dot_tile(int64_t K, const S* a, int64_t lda, const S* w, int64_t ldw, const
     for (int m = 0; m < M; ++m) ak[m] = load_operand(a + m * lda + k, n);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      Operand<S> wk = load_operand(w + r * ldw + k, n);
-      if constexpr (used_few_times<M>) keep_in_register(wk);
+      const Operand<S> wk = loaded_once<M>(load_operand(w + r * ldw + k, n));
 #pragma GCC unroll 16
       for (int m = 0; m < M; ++m) acc[m][r] = multiply_add<S>(acc[m][r], ak[m], wk);
     }
