@@ -120,7 +120,7 @@ try_plans 90
 export TORCHINDUCTOR_COMPILE_THREADS=1
 tests=(env OMP_NUM_THREADS=1 "$PYTHON" -m pytest -v -rfE --tb short --device cuda --maxfail 100 "${fastest[@]}")
 tests+=(--continue-on-collection-errors)
-! "$PYTHON" -c 'import xdist' 2> /dev/null || tests+=(-n 12)
+! "$PYTHON" -c 'import xdist' 2> /dev/null || tests+=(-n 8)
 ! "$PYTHON" -c 'import pytest_timeout' 2> /dev/null || tests+=(--timeout 60 --timeout-method thread)
 kernels=(tests/test_cuda.py tests/test_stack.py tests/test_ops.py tests/test_ops_edges.py)
 elsewhere=("${kernels[@]}" tests/test_packaging.py tests/test_docs.py tests/test_examples.py)

@@ -179,7 +179,7 @@ def test_stream_and_graph(device):
             step()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
+    with torch.cuda.graph(graph):  # on another stream than the one that was warm
         captured = step()
     with torch.no_grad():
         x.mul_(2)

@@ -118,8 +118,8 @@ forward_cluster(const Forward<typename Math::Storage> p) {
     }
     clear(reinterpret_cast<Vector*>(outbox), shared_at<Vector>(shape.sums));
     const int blocks = (shape.k_blocks - k_warp + shape.k_warps - 1) / shape.k_warps;
-    const WarpWeights<Math, gates, near_blocks(gates), 1> weights(
-        shared_at<Vector>(shape.far) + warp * shape.far_blocks * shape.tiles * 2 * warp_size, gates, blocks,
+    const WarpWeights<Math, gates, forward_near, 3> weights(
+        shared_at<Vector>(shape.far) + warp * shape.far_fragments * 2 * warp_size, gates, blocks,
         [&](int g, int half, int i) {
           const int unit = at.unit + m_warp * units + half * 8 + lane / 4;
           const int k = (k_warp + i * shape.k_warps) * Math::k + Math::k_of(lane);
@@ -149,12 +149,20 @@ forward_cluster(const Forward<typename Math::Storage> p) {
         outbox[e.column * own + e.m] = cells.step(e, [&](float (&rh)[gates]) {
 #pragma unroll
           for (int g = 0; g < gates; ++g) rh[g] = 0;
+          constexpr int at_once = 4;  // loads that are under way together
           const GateSums<gates>* from = sums + e.column * pitch + e.m;
-#pragma unroll 2
-          for (int w = 0; w < shape.k_warps; ++w, from += cluster_columns * pitch) {
-            const GateSums<gates> part = *from;
+#pragma unroll 1
+          for (int w = 0; w < shape.k_warps; w += at_once, from += at_once * cluster_columns * pitch) {
+            GateSums<gates> part[at_once]{};
 #pragma unroll
-            for (int g = 0; g < gates; ++g) rh[g] += part.of[g];
+            for (int j = 0; j < at_once; ++j) {
+              if (w + j < shape.k_warps) part[j] = from[j * cluster_columns * pitch];
+            }
+#pragma unroll
+            for (int j = 0; j < at_once; ++j) {
+#pragma unroll
+              for (int g = 0; g < gates; ++g) rh[g] += part[j].of[g];
+            }
           }
         });
       });
@@ -190,12 +198,12 @@ forward_cluster(const Forward<typename Math::Storage> p) {
 
 // A block has all rows of W_hh^T and, as k, its own units' gate gradients: it sends each block a part of that one's dh
 // and adds up the parts that it gets. For an LSTM these are half the bytes of everybody's gate gradients.
-template <class Cell, class Math>
+template <class Cell, class Math, int tiles>
 FUSEDRNN_KERNEL(cluster_threads)
 backward_cluster(const Backward<typename Math::Storage> p) {
   if constexpr (has_clusters) {
     using S = typename Math::Storage;
-    constexpr int gates = Cell::gates, tiles = backward_tiles;
+    constexpr int gates = Cell::gates;
     const ClusterShape& shape = p.cluster;
     const auto at = cluster_place<1>(shape.groups);
     const auto& d = p.direction[at.direction];
@@ -212,8 +220,8 @@ backward_cluster(const Backward<typename Math::Storage> p) {
     const int64_t gate_width = d.w_hh_gates.row / gates;
     // The warp's tiles of 16 rows are warp, warp + m_warps, ...
     const int count = warp < groups_of_all ? (groups_of_all - warp + shape.m_warps - 1) / shape.m_warps : 0;
-    const WarpWeights<Math, tiles, near_blocks(tiles), 1> weights(
-        shared_at<Vector>(shape.far) + warp * shape.far_blocks * shape.tiles * 2 * warp_size, count, shape.k_blocks,
+    const WarpWeights<Math, tiles, backward_near, tiles == few_tiles ? 2 : 1> weights(
+        shared_at<Vector>(shape.far) + warp * shape.far_fragments * 2 * warp_size, count, shape.k_blocks,
         [&](int m, int half, int i) {
           const int row = (warp + m * shape.m_warps) * units + half * 8 + lane / 4;
           const int k = i * Math::k + Math::k_of(lane), g = k / own, unit = at.unit + k % own;

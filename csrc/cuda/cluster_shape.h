@@ -10,15 +10,20 @@ namespace fusedrnn::cuda {
 constexpr int cluster_columns = 8;  // batch entries of a cluster
 constexpr int cluster_warps = 12;   // of a block, at most: a thread has 168 registers
 
-// Tiles of 16 rows that a warp can have in backward; forward they are the gates. Of 12 tiles of one block of k, a warp
-// keeps the weights in registers.
-constexpr int backward_tiles = 4;
-constexpr int near_blocks(int tiles) { return 12 / tiles; }
+// Tiles of 16 rows that a warp has at most, backward in one kernel and in another; forward they are the gates.
+constexpr int few_tiles = 3, many_tiles = 4;
+constexpr int most_tiles(int tiles) { return tiles <= few_tiles ? few_tiles : many_tiles; }
+// Fragments (16 rows and one block of k) that a warp keeps in registers: as many as leave the compiler enough of them.
+constexpr int forward_near = 12, backward_near = 10;
 
-// Blocks of k that `warps` divide, and a warp has no registers for: those beyond `near`.
-constexpr int far_blocks(int64_t blocks, int warps, int near) {
-  const int64_t most = (blocks + warps - 1) / warps;
-  return most > near ? int(most) - near : 0;
+// Of the first `near` fragments, `tiles` to a block of k, those of the first `count` tiles.
+constexpr int near_fragments(int near, int tiles, int count) {
+  return near / tiles * count + (near % tiles < count ? near % tiles : count);
+}
+// Fragments that a warp has no registers for, where `warps` divide the blocks of k.
+constexpr int far_fragments(int64_t blocks, int warps, int near, int tiles, int count) {
+  const int64_t all = (blocks + warps - 1) / warps * count;
+  return all > near_fragments(near, tiles, count) ? int(all) - near_fragments(near, tiles, count) : 0;
 }
 
 struct ClusterShape {
@@ -26,7 +31,7 @@ struct ClusterShape {
   int m_warps, k_warps;              // a block's warps divide the product's rows, and k
   int tiles;                         // of 16 rows, of a warp
   int k_blocks;                      // of Math::k elements, of a block
-  int far_blocks;                    // those of a warp whose weights are in shared memory
+  int far_fragments;                 // of a warp's weights, in shared memory
   int64_t inbox, outbox, sums, far;  // where they begin in shared memory, after two mailboxes
   int64_t shared_bytes;
 

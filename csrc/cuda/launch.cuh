@@ -14,7 +14,7 @@ namespace fusedrnn::cuda {
 template <class Params>
 struct Kernels {
   using Kernel = void (*)(Params);
-  Kernel cluster;
+  Kernel cluster, cluster_of_many;  // the second is for warps of many_tiles
   std::array<Kernel, 4> resident, tiled;
 };
 
@@ -27,6 +27,10 @@ inline Launch cluster_launch(const Plan& plan, const PlanRequest& request) {
 }
 inline Launch tiled_launch(const Plan& plan, const PlanRequest& request) {
   return {grid_of(plan, request), block_size, size_t(plan.shared_bytes()), plan.one_launch()};
+}
+template <class Params>
+auto cluster_kernel(const Kernels<Params>& kernels, const Plan& plan) {
+  return most_tiles(plan.cluster.tiles) == many_tiles ? kernels.cluster_of_many : kernels.cluster;
 }
 template <class Params>
 auto tiled_kernel(const Kernels<Params>& kernels, const Plan& plan) {
@@ -76,10 +80,10 @@ Plan find_plan(const Kernels<Params>& kernels, PlanRequest request, int layers) 
                                  std::to_string(most_blocks_y * plan.columns()));
       if (plan.is_cluster()) {
         const int64_t all = plan.blocks_y * request.directions * together, enough = forced_plan().empty() ? all : 1;
-        const int64_t most = resident_clusters(kernels.cluster, cluster_launch(plan, request));
+        const int64_t most = resident_clusters(cluster_kernel(kernels, plan), cluster_launch(plan, request));
         if (most >= enough) return plan;
         device.refused = refusal(most, all, "clusters of " + std::to_string(plan.cluster.blocks) + " blocks");
-        device.cluster_blocks = plan.cluster.blocks > 8 ? 8 : 0;  // what every device with clusters can run, else none
+        device.cluster_blocks = plan.cluster.blocks - 1;  // smaller ones leave less of the device unused
         continue;
       }
       if (plan.one_launch()) {
@@ -101,7 +105,7 @@ void run(const Kernels<Params>& kernels, Params p, const Plan& plan, const PlanR
          int64_t last, Stream stream) {
   if (!plan.is_cluster()) return run_tiled(kernels, p, plan, request, first, last, stream);
   p.range = {first, last, true, false}, p.cluster = plan.cluster;
-  launch(kernels.cluster, cluster_launch(plan, request), stream, p);
+  launch(cluster_kernel(kernels, plan), cluster_launch(plan, request), stream, p);
 }
 
 template <class Cell, class Math>
@@ -110,7 +114,7 @@ Kernels<Forward<typename Math::Storage>> forward_kernels() {
   kernels.tiled = {forward_kernel<Cell, Math, 1, 1, false>, forward_kernel<Cell, Math, 2, 1, false>,
                    forward_kernel<Cell, Math, 4, 1, false>, forward_kernel<Cell, Math, 4, 2, false>};
   if constexpr (Math::resident) {
-    kernels.cluster = forward_cluster<Cell, Math>;
+    kernels.cluster = kernels.cluster_of_many = forward_cluster<Cell, Math>;
     kernels.resident = {forward_kernel<Cell, Math, 1, 1, true>, forward_kernel<Cell, Math, 2, 1, true>,
                         forward_kernel<Cell, Math, 4, 1, true>, forward_kernel<Cell, Math, 4, 2, true>};
   }
@@ -123,7 +127,8 @@ Kernels<Backward<typename Math::Storage>> backward_kernels() {
   kernels.tiled = {backward_kernel<Cell, Math, 1, 1, false>, backward_kernel<Cell, Math, 2, 1, false>,
                    backward_kernel<Cell, Math, 4, 1, false>, backward_kernel<Cell, Math, 4, 2, false>};
   if constexpr (Math::resident) {
-    kernels.cluster = backward_cluster<Cell, Math>;
+    kernels.cluster = backward_cluster<Cell, Math, few_tiles>;
+    kernels.cluster_of_many = backward_cluster<Cell, Math, many_tiles>;
     kernels.resident = {backward_kernel<Cell, Math, 1, 1, true>, backward_kernel<Cell, Math, 2, 1, true>,
                         backward_kernel<Cell, Math, 4, 1, true>, backward_kernel<Cell, Math, 4, 2, true>};
   }

@@ -22,8 +22,8 @@ int64_t sums_bytes(const PlanRequest& r, TileShape shape) {
   return accumulator * (block_warps / shape.n_warps) * shape.columns() * sums_pitch(r.rows() * block_units);
 }
 int64_t weights_bytes(const PlanRequest& r, TileShape shape) {
-  const int k_warps = block_warps / shape.n_warps, near = resident_tiles(shape.n_tiles) / r.rows();
-  return k_warps * far_blocks(ceil_div(r.K(), k_block(r)), k_warps, near) * r.rows() * fragment_bytes;
+  const int k_warps = block_warps / shape.n_warps, near = resident_fragments(shape.n_tiles);
+  return k_warps * far_fragments(ceil_div(r.K(), k_block(r)), k_warps, near, r.rows(), r.rows()) * fragment_bytes;
 }
 
 // The division among about so many blocks; shared_bytes is 0 where their threads are too few.
@@ -37,23 +37,23 @@ ClusterShape cluster_shape(const PlanRequest& r, int64_t blocks) {
   int64_t inbox, outbox, sums = 0;
   if (r.backward) {
     c.tiles = int(ceil_div(groups_of_all, cluster_warps));
-    if (c.tiles > backward_tiles) return c;
+    if (c.tiles > many_tiles) return c;
     c.m_warps = std::max(int(ceil_div(groups_of_all, c.tiles)), c.groups * group_warps), c.k_warps = 1;
     c.k_blocks = int(ceil_div(r.gates * c.groups * block_units, k_block(r)));
-    c.far_blocks = far_blocks(c.k_blocks, 1, near_blocks(backward_tiles));
+    c.far_fragments = far_fragments(c.k_blocks, 1, backward_near, most_tiles(c.tiles), c.tiles);
     inbox = 2 * c.blocks * c.groups * block_units * cluster_columns * int64_t(sizeof(float));
     outbox = 2 * c.k_blocks * (fragment_bytes / 2);
   } else {
     c.tiles = r.gates, c.m_warps = c.groups;
     c.k_blocks = int(ceil_div(r.H, k_block(r)));
     c.k_warps = std::clamp(c.k_blocks, group_warps, cluster_warps / c.groups);
-    c.far_blocks = far_blocks(c.k_blocks, c.k_warps, near_blocks(c.tiles));
+    c.far_fragments = far_fragments(c.k_blocks, c.k_warps, forward_near, c.tiles, c.tiles);
     inbox = 2 * c.k_blocks * (fragment_bytes / 2);
     outbox = cluster_columns * c.groups * block_units * r.element;
     sums = c.k_warps * cluster_columns * gates_pitch(c.groups, r.gates) * gate_floats(r.gates) * int64_t(sizeof(float));
   }
   c.inbox = inbox_alignment, c.outbox = c.inbox + inbox, c.sums = c.outbox + outbox, c.far = c.sums + sums;
-  c.shared_bytes = c.far + c.warps() * c.far_blocks * c.tiles * fragment_bytes;
+  c.shared_bytes = c.far + c.warps() * c.far_fragments * fragment_bytes;
   return c;
 }
 
@@ -64,8 +64,7 @@ Plan cluster_plan(const PlanRequest& r, const Device& device, bool forced) {
   const int64_t clusters = ceil_div(r.N, cluster_columns) * r.directions * r.together;
   ClusterShape fits{};
   bool at_once = false;
-  for (const int blocks : {16, 8, 4, 2, 1}) {
-    if (blocks > device.cluster_blocks) continue;
+  for (int blocks = device.cluster_blocks; blocks > 0; --blocks) {
     const ClusterShape shape = cluster_shape(r, blocks);
     if (shape.shared_bytes == 0 || shape.shared_bytes > device.shared_bytes) continue;
     fits = shape, at_once = shape.blocks * clusters <= device.processors;

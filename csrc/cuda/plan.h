@@ -37,8 +37,8 @@ struct TileShape {
   int n_tiles, n_warps;  // n_tiles * 8 rows a warp, n_warps groups of warps
   int columns() const { return 8 * n_tiles * n_warps; }
 };
-// Where the weights stay on the chip: tiles of 16 rows and one block of k that a warp has in registers.
-constexpr int resident_tiles(int n_tiles) { return n_tiles <= 2 ? 12 : 4; }
+// Where the weights stay on the chip: those that a warp has in registers, of 16 rows and one block of k each.
+constexpr int resident_fragments(int n_tiles) { return n_tiles <= 2 ? 12 : 4; }
 constexpr TileShape tile_shapes[] = {{1, 1}, {2, 1}, {4, 1}, {4, 2}};
 
 struct Plan {

@@ -34,9 +34,13 @@ struct TensorCores {
     }
     return v;
   }
-  FUSEDRNN_DEVICE static void multiply(float (&c)[4], const Vector (&a)[2], const Vector (&b)[b_rows]) {
-    mma(c, {a[0].word[0], a[1].word[0], a[0].word[1], a[1].word[1]}, {b[0].word[0], b[0].word[1]}, S{});
-    mma(c, {a[0].word[2], a[1].word[2], a[0].word[3], a[1].word[3]}, {b[0].word[2], b[0].word[3]}, S{});
+  FUSEDRNN_DEVICE static Fragment fragment(const Vector& row, const Vector& row_8) {
+    return {{{row.word[0], row_8.word[0], row.word[1], row_8.word[1]},
+             {row.word[2], row_8.word[2], row.word[3], row_8.word[3]}}};
+  }
+  FUSEDRNN_DEVICE static void multiply(float (&c)[4], const Fragment& a, const Vector (&b)[b_rows]) {
+    mma(c, a.part[0].word, {b[0].word[0], b[0].word[1]}, S{});
+    mma(c, a.part[1].word, {b[0].word[2], b[0].word[3]}, S{});
   }
 };
 
@@ -52,9 +56,10 @@ struct Fma {
   FUSEDRNN_DEVICE static int b_row(int lane, int i) { return lane % 4 * 2 + i; }
 
   FUSEDRNN_DEVICE static Vector prepare(Vector v) { return v; }
-  FUSEDRNN_DEVICE static void multiply(S (&c)[4], const Vector (&a)[2], const Vector (&b)[b_rows]) {
+  FUSEDRNN_DEVICE static Fragment fragment(const Vector& row, const Vector& row_8) { return {{row, row_8}}; }
+  FUSEDRNN_DEVICE static void multiply(S (&c)[4], const Fragment& a, const Vector (&b)[b_rows]) {
     S as[2][vector], bs[b_rows][vector];
-    std::memcpy(as, a, sizeof(as));
+    std::memcpy(as, a.part, sizeof(as));
     std::memcpy(bs, b, sizeof(bs));
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -75,11 +80,11 @@ struct Tile {
   static constexpr int64_t sums_bytes = int64_t(sizeof(A)) * k_warps * columns * pitch;
 
   // a where it stays on the chip. Warps that have the same k write the same to shared memory.
-  using Weights = WarpWeights<Math, m_tiles, resident_tiles(n_tiles) / m_tiles, n_tiles <= 2 ? 4 : 2>;
+  using Weights = WarpWeights<Math, m_tiles, resident_fragments(n_tiles), n_tiles <= 2 ? 4 : 2>;
   template <class RowOfA>
   FUSEDRNN_DEVICE static Weights keep(Vector* far, RowOfA a_row, int64_t K) {
-    const int each = far_blocks((K + Math::k - 1) / Math::k, k_warps, Weights::in_registers);
-    return Weights(far + k_warp() * each * m_tiles * 2 * warp_size, m_tiles, blocks(K), [&](int m, int half, int i) {
+    const int each = far_fragments((K + Math::k - 1) / Math::k, k_warps, Weights::in_registers, m_tiles, m_tiles);
+    return Weights(far + k_warp() * each * 2 * warp_size, m_tiles, blocks(K), [&](int m, int half, int i) {
       return Math::prepare(load_if(k_of(i) < K, a_row(16 * m + 8 * half + lane() / 4) + k_of(i)));
     });
   }
@@ -163,7 +168,8 @@ struct Tile {
       b_part(i, b);
 #pragma unroll
       for (int m = 0; m < m_tiles; ++m) {
-        const Vector a[2] = {load_row<false>(a_rows[m][0], k_of(i), K), load_row<false>(a_rows[m][1], k_of(i), K)};
+        const Fragment a =
+            Math::fragment(load_row<false>(a_rows[m][0], k_of(i), K), load_row<false>(a_rows[m][1], k_of(i), K));
 #pragma unroll
         for (int n = 0; n < n_tiles; ++n) Math::multiply(c[m][n], a, b[n]);
       }
