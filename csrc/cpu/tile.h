@@ -13,12 +13,16 @@
 namespace fusedrnn::FUSEDRNN_ISA {
 
 constexpr int max_vectors = 4;  // panel width in vectors
-constexpr int registers = FUSEDRNN_VECTOR_BYTES == 64 ? 32 : 16;
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int registers = 32;
+#else
+constexpr int registers = 16;
+#endif
 
 // Rows of a tile of n vectors: as many accumulators as the register file holds.
 constexpr int max_rows(int n) {
-  constexpr int wide[] = {14, 14, 8, 6}, narrow[] = {6, 6, 4, 3};
-  return FUSEDRNN_VECTOR_BYTES == 64 ? wide[n - 1] : narrow[n - 1];
+  constexpr int of_32[] = {14, 14, 8, 6}, of_16[] = {6, 6, 4, 3};
+  return (registers == 32 ? of_32 : of_16)[n - 1];
 }
 
 // v, which M multiply-adds use, loaded once. If M is 2 or 3, the compiler would rather load it for each of them, and a

@@ -7,8 +7,10 @@
 #include <cstring>
 #include <utility>
 
-#ifdef __AVX__
+#if defined(__AVX__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #include "../math.h"
@@ -206,6 +208,10 @@ FUSEDRNN_INLINE V fused_multiply_add(V acc, V a, V b) {
 #elif defined(__FMA__)
   if constexpr (std::is_same_v<V, AccVec<float>>) return (V)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)acc);
   if constexpr (std::is_same_v<V, AccVec<double>>) return (V)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)acc);
+#elif defined(__aarch64__)
+  if constexpr (std::is_same_v<V, AccVec<float>>) return (V)vfmaq_f32((float32x4_t)acc, (float32x4_t)a, (float32x4_t)b);
+  if constexpr (std::is_same_v<V, AccVec<double>>)
+    return (V)vfmaq_f64((float64x2_t)acc, (float64x2_t)a, (float64x2_t)b);
 #else
   return acc + a * b;
 #endif
