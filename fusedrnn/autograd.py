@@ -61,7 +61,8 @@ class Layer(_Function):
         ctx.cell, ctx.directions, ctx.every_c = cell, directions, every_c
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*((gates,) if every_c else (gates, cells)))
-        ctx.save_for_backward(batch_sizes, x, h0, c0, y, gates, cells, *weights)
+        keep_batch_sizes(ctx, batch_sizes)
+        ctx.save_for_backward(x, h0, c0, y, gates, cells, *weights)
 
     @staticmethod
     @raises_out_of_memory
@@ -77,9 +78,23 @@ class Layer(_Function):
         return vmap.rule(apply, info.batch_size, in_dims, arguments, places, (*vmap.STATES, *vmap.SAVED))
 
 
+def keep_batch_sizes(ctx: Any, batch_sizes: Tensor | None) -> None:
+    """For backward, but not by save_for_backward: hooks on saved tensors may cast what they get."""
+    ctx.batch_sizes = batch_sizes
+    # Tensors made in inference mode have no version.
+    ctx.version = None if batch_sizes is None or batch_sizes.is_inference() else batch_sizes._version
+
+
+def kept_batch_sizes(ctx: Any) -> Tensor | None:
+    batch_sizes: Tensor | None = ctx.batch_sizes
+    if ctx.version is not None and batch_sizes._version != ctx.version:  # type: ignore[union-attr]
+        raise RuntimeError("fusedrnn: batch_sizes, needed for the gradient, has been modified by an inplace operation")
+    return batch_sizes
+
+
 def layer_gradients(ctx: Any, saved: Sequence[Any], dy: Any, dh_n: Any, dc_n: Any, dcells: Any) -> tuple[Any, ...]:
     """Of the arguments of a :class:`Layer` with context ``ctx``, from what its forward saved."""
-    batch_sizes, x, h0, c0, y, gates, cells, *weights = saved
+    x, h0, c0, y, gates, cells, *weights = saved
     # Compiled code gives a zero gradient to what has none.
     if ops.STATES[ctx.cell] == 1:
         dc_n = None
@@ -88,7 +103,8 @@ def layer_gradients(ctx: Any, saved: Sequence[Any], dy: Any, dh_n: Any, dc_n: An
     differentiable = torch.is_grad_enabled()  # create_graph=True
     call = _apply_backward if differentiable else LayerBackward.forward
     # y and cells are detached: constants there, not a way back into this layer.
-    fixed = (ctx.cell, ctx.directions, batch_sizes, y.detach(), gates, cells.detach(), ctx.needs_input_grad[4:])
+    batch_sizes, needs = kept_batch_sizes(ctx), ctx.needs_input_grad[4:]
+    fixed = (ctx.cell, ctx.directions, batch_sizes, y.detach(), gates, cells.detach(), needs)
     arguments = (*fixed, dy, dh_n, dc_n, dcells, x, h0, c0, *weights)
     if not torch.compiler.is_compiling() and vmap.is_legacy(dy, dh_n, dc_n, dcells):
         return (None, None, None, None, *vmap.legacy(partial(LayerBackward.mapped, call), arguments))
@@ -132,12 +148,13 @@ class LayerBackward(_Function):
         cell, directions, batch_sizes, _, _, _, needs, *tensors = inputs
         ctx.cell, ctx.directions, ctx.needs = cell, directions, needs
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(batch_sizes, *tensors)
+        keep_batch_sizes(ctx, batch_sizes)
+        ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, *ggs: Tensor | None) -> tuple[Any, ...]:
-        batch_sizes, *tensors = ctx.saved_tensors
-        layer = _reference_layer(ctx.cell, ctx.directions, batch_sizes)
+        tensors = ctx.saved_tensors
+        layer = _reference_layer(ctx.cell, ctx.directions, kept_batch_sizes(ctx))
         needs = ctx.needs_input_grad[_FIXED:]
         if any(t is not None and is_functorch_wrapped_tensor(t) for t in tensors):
             # Perhaps of a transform that has ended: then their history is not autograd's to see.
@@ -176,13 +193,12 @@ class DualLayer(Layer):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         Layer.setup_context(ctx, inputs, output)
-        _, _, batch_sizes, _, *tensors = inputs
-        ctx.save_for_forward(batch_sizes, *tensors)
+        ctx.save_for_forward(*inputs[4:])
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Any, ...]:
-        batch_sizes, x, *rest = ctx.saved_tensors
-        layer = _reference_layer(ctx.cell, ctx.directions, batch_sizes)
+        x, *rest = ctx.saved_tensors
+        layer = _reference_layer(ctx.cell, ctx.directions, kept_batch_sizes(ctx))
         y, h_n, c_n, cells = _jvp(layer, (x, *rest), tangents[4:])
         return y.to(x.dtype), h_n.to(x.dtype), c_n.to(x.dtype), None, cells if ctx.every_c else None
 
@@ -193,14 +209,13 @@ class DualLayerBackward(LayerBackward):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         LayerBackward.setup_context(ctx, inputs, output)
-        _, _, batch_sizes, _, _, _, _, *tensors = inputs
-        ctx.save_for_forward(batch_sizes, *tensors)
+        ctx.save_for_forward(*inputs[_FIXED:])
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Any, ...]:
-        batch_sizes, *tensors = ctx.saved_tensors
-        gradients = _reference_gradients(_reference_layer(ctx.cell, ctx.directions, batch_sizes), ctx.needs)
-        moved = iter(_jvp(gradients, tensors, tangents[_FIXED:]))
+        layer = _reference_layer(ctx.cell, ctx.directions, kept_batch_sizes(ctx))
+        gradients = _reference_gradients(layer, ctx.needs)
+        moved = iter(_jvp(gradients, ctx.saved_tensors, tangents[_FIXED:]))
         return tuple(next(moved) if need else None for need in ctx.needs)
 
 

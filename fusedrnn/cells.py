@@ -63,7 +63,9 @@ class _Cell(torch.nn.RNNCellBase):
         lead = 3 - input.dim()  # dimensions to add: time, and the batch of a single vector
         expected = (*input.shape[:-1], self.hidden_size)
         if lead not in (1, 2) or input.shape[-1] != self.input_size or any(s.shape != expected for s in states or ()):
-            raise RuntimeError("input or state of the wrong shape")  # torch.nn says which
+            # In eager mode torch.nn says which.
+            shapes = ", ".join([str(list(t.shape)) for t in (input, *(states or ()))])
+            raise RuntimeError(f"Expected input [N, {self.input_size}], states [N, {self.hidden_size}], got {shapes}")
         if states is not None:
             states = tuple([s[(None,) * lead] for s in states])
         x = input[(None,) * lead]

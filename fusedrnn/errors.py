@@ -24,6 +24,8 @@ _NO_MEMORY = ("out of memory", "can't allocate", "bad_alloc")
 
 def in_torch_words(forward: Any, module: Any, input: Any, hx: Any, error: Exception) -> Exception:
     """What torch.nn's ``forward`` raises for the arguments that gave ``error``, or else that."""
+    if torch.compiler.is_compiling():  # a tracer reports it, or leaves the call to eager code
+        return error
     transformed = torch._C._are_functorch_transforms_active()  # torch.nn knows fewer of them
     nested = isinstance(input, Tensor) and input.is_nested  # and none of these
     if transformed or nested:
@@ -104,7 +106,9 @@ def _tensors(values: Any) -> list[Tensor]:
 
 def _is_stored(t: Tensor) -> bool:
     """Whether all of a tensor lies in its storage."""
-    if t.layout is not torch.strided or t.is_meta or is_functorch_wrapped_tensor(t) or 0 in t.shape:
+    if t.layout is not torch.strided or t.is_meta or is_functorch_wrapped_tensor(t):
+        return True
+    if t._has_symbolic_sizes_strides or 0 in t.shape:  # a tracer's sizes compare to no memory
         return True
     last = sum([(n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True)])
     return (t.storage_offset() + last + 1) * t.itemsize <= t.untyped_storage().nbytes()
@@ -114,8 +118,8 @@ def pair(hx: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, Tensor | None
     """``(h_0, c_0)`` of an LSTM's ``hx``: two tensors, or none at all."""
     if hx is None:
         return None, None
-    h, c = hx
-    if h is None or c is None or isinstance(hx, Tensor):
+    h, c = (None, None) if isinstance(hx, Tensor) else hx
+    if h is None or c is None:
         raise TypeError(f"expected hx to be a pair of tensors (h_0, c_0), got {type(hx).__name__}")
     return h, c
 

@@ -91,9 +91,11 @@ def lstm(
             by default. L layers, D directions.
         num_layers, bidirectional, batch_first: as in :class:`torch.nn.LSTM`.
         dropout: probability of zeroing an element between layers, if ``training``.
-        lengths: integers ``[N]`` from 0 to T, how many steps of padded input each sequence has. The
-            result is that of packing: nothing is computed for the padding, whose output is 0, and
-            the final states are those after the last step (``hx`` where there is none).
+        lengths: integers ``[N]`` (one for a single sequence) from 0 to T, how many steps of padded input
+            each sequence has. The result is that of packing: nothing is computed for the padding, whose
+            output is 0, and the final states are those after the last step (``hx`` where there is none).
+            Under torch.compile, as a tensor: the numbers of a list are constants of the graph.
+            ``torch.vmap`` maps neither this nor ``reset``.
         reset: bool ``[T, N]`` (``[N, T]`` if ``batch_first``, ``[T]`` for a single sequence): where
             True, the state is zeros before the step, as if a new sequence began there; backwards
             in time, after the step. With both, any device will do; from a GPU they are copied to
@@ -200,6 +202,7 @@ def _call(
     *options: Any,
 ) -> tuple[tuple[Any, ...], States]:
     directions = 2 if bidirectional else 1
+    weights = tuple(weights)  # of module.parameters(), too
     count, rest = divmod(len(weights), num_layers * directions) if num_layers > 0 else (0, 0)
     if rest or count not in ((2, 3, 4, 5) if cell == "lstm" else (2, 4)):
         raise ValueError(f"{cell}: got {len(weights)} weights for {num_layers} layers of {directions} directions")

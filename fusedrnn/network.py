@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from . import ops, stacked
-from .errors import check_dimensions, check_sizes, check_stored
+from .errors import check_dimensions, check_sizes, check_stored, pair
 from .layer import layer, traceable_layer
 from .ops import autocast_enabled
 from .profiling import in_range, ranges_enabled
@@ -39,7 +39,7 @@ def network(
     """
     states: States | None = None
     if hx is not None:
-        states = tuple(hx) if ops.STATES[cell] == 2 else (hx,)
+        states = pair(hx) if ops.STATES[cell] == 2 else (hx,)  # type: ignore[assignment]  # hx is not None
     options = (num_layers, directions, dropout, every_c, recompute)
     check_stored(input, states, lengths, reset)
     if isinstance(input, PackedSequence):
@@ -81,7 +81,7 @@ def network(
     if not batched:
         x = x.unsqueeze(batch_dim)
         states = None if states is None else tuple([s.unsqueeze(1) for s in states])
-        lengths = None if lengths is None else torch.as_tensor(lengths).unsqueeze(0)
+        lengths = None if lengths is None else torch.atleast_1d(torch.as_tensor(lengths))
         reset = None if reset is None else torch.as_tensor(reset).unsqueeze(batch_dim)
     batch = x.shape[batch_dim]
     expected = check_sizes(cell, x, states, weights, num_layers * directions, batch, 3)

@@ -241,6 +241,14 @@ def _fake_segments(
     return lengths.new_empty(longest), lengths.new_empty(rows), lengths.new_empty(directions, count), final
 
 
+def _vmap_segments(info: Any, dims: Any, *arguments: Any) -> Any:
+    """The vmap rule of the op of lengths and resets."""
+    raise NotImplementedError(
+        "fusedrnn: vmap over lengths= or reset= is not supported, as its entries would have different numbers of rows:"
+        " map over the input alone, or loop over the entries"
+    )
+
+
 def _vmap_forward(cell: str, info: Any, dims: Any, *arguments: Any) -> Any:
     """The vmap rule of a forward op."""
     weights = [vmap.NOWHERE] * len(arguments[3])
@@ -285,6 +293,7 @@ advance = {cell: getattr(torch.ops.fusedrnn, f"{cell}_advance").default._op for 
 backward = {cell: getattr(torch.ops.fusedrnn, f"{cell}_backward").default for cell in CELLS}
 segments = torch.ops.fusedrnn.segments.default
 torch.library.register_fake("fusedrnn::segments", _fake_segments)
+torch.library.register_vmap("fusedrnn::segments", _vmap_segments)
 _library = torch.library.Library("fusedrnn", "IMPL")
 for _cell in CELLS:
     _library.impl(f"{_cell}_advance", torch.library.fallthrough_kernel, "Autograd")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import ops, vmap
-from .autograd import Layer, layer_gradients
+from .autograd import Layer, kept_batch_sizes, layer_gradients
 from .errors import check_stored, raises_out_of_memory
 
 _Item = TypeVar("_Item")
@@ -72,12 +72,13 @@ class RecomputedLayer(Layer):
         upstream = (dy, dh_n, dc_n, dcells)
         if all(d is None for d in upstream):
             return (None,) * len(ctx.needs_input_grad)
-        batch_sizes, x, h0, c0, y, checkpoints, _, *weights = ctx.saved_tensors
+        x, h0, c0, y, checkpoints, _, *weights = ctx.saved_tensors
+        batch_sizes = kept_batch_sizes(ctx)
         if torch.is_grad_enabled() or vmap.is_legacy(*upstream):
             with torch.no_grad():
                 arguments = (x, h0, c0, weights, batch_sizes, ctx.directions)
                 _, _, _, *saved = ops.forward[ctx.cell](*arguments, True, ops.tf32(x))
-            return layer_gradients(ctx, (batch_sizes, x, h0, c0, y, *saved, *weights), *upstream)
+            return layer_gradients(ctx, (x, h0, c0, y, *saved, *weights), *upstream)
         needs = ctx.needs_input_grad[4:]
         return (None, None, None, None, *_gradients(ctx.cell, batch_sizes, x, checkpoints, weights, needs, *upstream))
 

@@ -14,6 +14,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.export import Dim, export
 from torch.func import functional_call, grad, jvp, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from torch.utils._pytree import tree_leaves
 
@@ -195,6 +196,47 @@ def test_stream(name, options, device):
     with torch.autocast(device.type, dtype=torch.bfloat16):  # changes nothing
         found, expected = compiled(x), runs[1](x)
     assert found.dtype == expected.dtype == torch.float32 and torch.equal(found, expected)
+
+
+WRONG = {
+    "features": (lambda m, x: m(x[..., :2]), "Expected 3, got 2"),
+    "dtype": (lambda m, x: m(x.double()), r"input dtype \(torch.float64\) does not match"),
+    "dimensions": (lambda m, x: m(x[None]), "Expected input to be 2D or 3D, got 4D"),
+    "state": (lambda m, x: m(x, x.new_zeros(1, 3, 4)), r"Expected hidden size \(1, 2, 4\), got \[1, 3, 4\]"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_wrong_arguments(what, device):
+    """In a graph a wrong call is what the compiler reports; else it is eager code's, with torch.nn's error."""
+    call, message = WRONG[what]
+    module, x = make("GRU", device), torch.randn(5, 2, 3, device=device)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=message):
+        torch.compile(call, fullgraph=True, backend="aot_eager")(module, x)
+    with pytest.raises((RuntimeError, ValueError), match=message) as found:
+        torch.compile(call, backend="aot_eager")(module, x)
+    assert not isinstance(found.value, torch._dynamo.exc.TorchDynamoException)
+
+
+def test_wrong_arguments_of_a_cell(device):
+    cell = torch.compile(make("GRUCell", device), fullgraph=True, backend="aot_eager")
+    message = r"Expected input \[N, 3\], states \[N, 4\], got \[2, 5\], \[2, 4\]"
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=message):
+        cell(torch.randn(2, 5, device=device), torch.zeros(2, 4, device=device))
+
+
+@pytest.mark.parametrize("lengths", [None, [5, 3]], ids=str)
+@pytest.mark.parametrize("name, options", MODULES)
+def test_make_fx_with_symbolic_sizes(name, options, lengths, device):
+    module = make(name, device, **options).requires_grad_(False)
+    x = torch.randn(5, 2, 3, device=device)
+
+    def run(x):
+        return flat(module(x, lengths=lengths))
+
+    graph = make_fx(run, tracing_mode="symbolic", _allow_non_fake_inputs=True)(x)
+    for given in (x, torch.randn(7, 2, 3, device=device)):
+        assert all(torch.equal(a, b) for a, b in zip(graph(given), run(given), strict=True))
 
 
 def test_transforms_run_outside_of_the_graph(device):

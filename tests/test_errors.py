@@ -347,6 +347,18 @@ def test_a_function_of_no_layers():
             fusedrnn.functional.gru(torch.randn(T, N, I), list(fusedrnn.GRU(I, H).parameters()), num_layers=layers)
 
 
+def test_the_state_of_a_function():
+    weights = list(fusedrnn.LSTM(I, H).parameters())
+    for wrong in (torch.zeros(1, N, H), torch.zeros(2, 1, N, H)):
+        with pytest.raises(TypeError, match=r"expected hx to be a pair of tensors \(h_0, c_0\), got Tensor"):
+            fusedrnn.functional.lstm(torch.randn(T, N, I), weights, wrong)
+
+
+def test_weights_of_an_iterator():
+    module, x = fusedrnn.GRU(I, H), torch.randn(T, N, I)
+    assert torch.equal(fusedrnn.functional.gru(x, module.parameters())[0], module(x)[0])
+
+
 # ---- and afterwards ------------------------------------------------------------------------------
 
 

@@ -223,6 +223,28 @@ def test_changing_what_backward_reads_is_noticed(name, options, device):
             loss.backward()
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+def test_changing_batch_sizes_is_noticed(recompute, device):
+    module = fusedrnn.LSTM(3, 4, device=device, recompute=recompute)
+    packed = nn.utils.rnn.pack_padded_sequence(torch.randn(3, 2, 3, device=device), [3, 2])
+    first, second = (module(packed)[0].data.sum() for _ in range(2))
+    gradient = grad(first, module.weight_hh_l0, create_graph=True)[0]
+    packed.batch_sizes.add_(1)
+    for result in (second, gradient.sum()):
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            result.backward()
+
+
+def test_batch_sizes_may_be_made_in_inference_mode(device):
+    """As with torch.nn, which doesn't keep them for backward either."""
+    with torch.inference_mode():
+        batch_sizes = torch.tensor([2, 2, 1])
+    packed = nn.utils.rnn.PackedSequence(torch.randn(5, 3, device=device), batch_sizes)
+    module = fusedrnn.GRU(3, 4, device=device)
+    module(packed)[0].data.sum().backward()
+    assert all(p.grad is not None for p in module.parameters())
+
+
 def test_final_states_may_be_changed_in_place(device):
     """As with torch.nn: nothing keeps h_n and c_n."""
     module = fusedrnn.LSTM(3, 4, device=device)

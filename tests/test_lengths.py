@@ -204,7 +204,7 @@ def test_a_reset_before_the_first_step_drops_the_given_state(device):
 
 
 def test_single_sequence(device):
-    """Unbatched input: a length without dimensions, a reset for each step."""
+    """Unbatched input: a length without dimensions, or one in a list; a reset for each step."""
     module = fusedrnn.LSTM(I, H, device=device)
     x, reset = torch.randn(T, I, device=device), resets()[:, 0].to(device)
     y, (h, c) = module(x, lengths=torch.tensor(6), reset=reset)
@@ -212,6 +212,9 @@ def test_single_sequence(device):
     assert torch.equal(y, expected[:, 0])
     assert torch.equal(h, h_n[:, 0])
     assert torch.equal(c, c_n[:, 0])
+    assert torch.equal(module(x, lengths=[6], reset=reset)[0], y)
+    with pytest.raises(RuntimeError, match=r"Expected lengths size \[1\], got \[2\]"):
+        module(x, lengths=[6, 6])
 
 
 @pytest.mark.parametrize("bidirectional", [False, True], ids=["", "bidirectional"])

@@ -190,7 +190,7 @@ def test_less_memory(name, packed):
             (y.data if packed else y).sum().backward()
         most.append(peak.most)
     if name.startswith("rnn"):  # which keep no gates
-        assert kept[1] <= 1.2 * kept[0]
+        assert kept[1] <= 1.25 * kept[0]
         return
     assert kept[1] < 0.5 * kept[0]
     assert most[1] < 0.8 * most[0]

@@ -2,11 +2,14 @@
 
 import copy
 import pickle
+import warnings
+from functools import partial
 
 import pytest
 import torch
 from helpers import DTYPES, VARIANTS, layer_op, make_inputs, variant
 from torch import nn
+from torch.nn.utils import parametrizations, prune, remove_spectral_norm, remove_weight_norm, spectral_norm, weight_norm
 from torch.profiler import ProfilerActivity, profile
 
 import fusedrnn
@@ -130,6 +133,43 @@ def test_trained_in_place(device):
     assert not after.requires_grad
 
 
+@pytest.mark.parametrize("options, shape", [({}, (N, I)), ({"batch_first": True}, (N, T, I))], ids=["step", "chunk"])
+def test_backward_notices_an_overwritten_result(options, shape, device):
+    """A head that is trained on results: one whose memory another call has written to has no right gradient."""
+    stream = fusedrnn.Stream(module_of("lstm", device, **options), N)
+    head = torch.randn(H, dtype=torch.float64, device=device, requires_grad=True)
+    xs = torch.randn(2, *shape, dtype=torch.float64, device=device)
+    losses = [(head * stream(x)).sum() for x in xs]
+    losses[1].backward()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        losses[0].backward()
+    head.grad = None
+    stream.reset()
+    results = [stream(x).clone() for x in xs]
+    sum((head * y).sum() for y in results).backward()
+    torch.testing.assert_close(head.grad, sum(y.flatten(0, -2).sum(0) for y in results))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_made_and_called_in_any_mode(mode, device):
+    module = module_of("lstm", device)
+    x = torch.randn(3, N, I, dtype=torch.float64, device=device)
+    with mode():
+        stream = fusedrnn.Stream(module, N)
+        first = stream(x[0]).clone()
+    hx = module(x[:1])[1]
+    assert hx[0].requires_grad
+    stream.state = hx
+    second = stream(x[1]).clone()
+    stream.reset()
+    assert torch.equal(stream(x[0]), first)
+    with mode():
+        stream.state = hx
+        assert torch.equal(stream(x[1]), second)
+        stream.reset(torch.tensor([0]))
+        assert not stream.state[0][:, 0].any()
+
+
 def through_pickle(stream):
     return pickle.loads(pickle.dumps(stream))
 
@@ -198,6 +238,79 @@ def test_errors(device):
         stream.state = (torch.zeros(1, N, H), torch.zeros(1, N, H + 1))
     with pytest.raises(ValueError, match="argument"):
         stream.state = (torch.zeros(1, N, H),)
+
+
+def test_no_sequences(device):
+    for batch_size in (0, -1):
+        with pytest.raises(ValueError, match=f"expected batch_size to be 1 or more, got {batch_size}"):
+            fusedrnn.Stream(module_of("lstm", device), batch_size)
+
+
+def test_a_module_of_another_dtype(device):
+    module = module_of("lstm", device)
+    stream = fusedrnn.Stream(module, N)
+    x = torch.randn(T, N, I, dtype=torch.float64, device=device)
+    expected = stream(x[0]).clone()
+    module.float()
+    for given in (x[0], x[0].float(), x.float()):  # before it, the same shape, another one
+        with pytest.raises(RuntimeError, match=r"for a module of torch.float64 on .* has become torch.float32 on"):
+            stream(given)
+    module.double()
+    stream.reset()
+    torch.testing.assert_close(stream(x[0]), expected)
+
+
+class Scaled(fusedrnn.LSTM):
+    def forward(self, input, hx=None):
+        return super().forward(2 * input, hx)
+
+
+def test_a_forward_of_its_own(device):
+    with pytest.raises(TypeError, match="doesn't call forward, and that of Scaled is not fusedrnn's own"):
+        fusedrnn.Stream(Scaled(I, H, device=device))
+    module = module_of("lstm", device)
+    module.forward = lambda x: x
+    with pytest.raises(TypeError, match="doesn't call forward"):
+        fusedrnn.Stream(module)
+
+
+def normed(module):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return weight_norm(module, "weight_hh_l0")
+
+
+HOOKS = {
+    "forward": lambda m: m.register_forward_hook(lambda m, x, y: y).remove,
+    "pre-forward": lambda m: m.register_forward_pre_hook(lambda m, x: x).remove,
+    "prune": lambda m: partial(prune.remove, prune.l1_unstructured(m, "weight_hh_l0", 0.5), "weight_hh_l0"),
+    "weight_norm": lambda m: partial(remove_weight_norm, normed(m), "weight_hh_l0"),
+    "spectral_norm": lambda m: partial(remove_spectral_norm, spectral_norm(m, "weight_hh_l0"), "weight_hh_l0"),
+}
+
+
+@pytest.mark.parametrize("kind", HOOKS)
+def test_hooks(kind, device):
+    """They don't run in a stream; what they computed can be made permanent."""
+    module = module_of("lstm", device)
+    undo = HOOKS[kind](module)
+    with pytest.raises(ValueError, match="doesn't run the module's forward hooks"):
+        fusedrnn.Stream(module)
+    undo()
+    x = torch.randn(T, 1, I, dtype=torch.float64, device=device)
+    torch.testing.assert_close(fusedrnn.Stream(module)(x), module(x)[0])
+
+
+def test_parametrizations(device):
+    """They are evaluated at every call, and so may be trained."""
+    module = parametrizations.weight_norm(module_of("lstm", device), "weight_hh_l0")
+    stream = fusedrnn.Stream(module)
+    x = torch.randn(T, 1, I, dtype=torch.float64, device=device)
+    torch.testing.assert_close(stream(x), module(x)[0])
+    with torch.no_grad():
+        module.parametrizations.weight_hh_l0.original0.mul_(2)
+    stream.reset()
+    torch.testing.assert_close(stream(x), module(x)[0])
 
 
 # ---- the ops -------------------------------------------------------------------------------------

@@ -278,6 +278,24 @@ def test_vmap_of_single_sequences(device):
         vmap(module)(x[:0])
 
 
+def test_vmap_of_lengths(device):
+    """The entries would have different numbers of rows; lengths that are the same in all of them are no trouble."""
+    module = fusedrnn.GRU(3, 4, batch_first=True, device=device)
+    parameters = {n: p.detach() for n, p in module.named_parameters()}
+    x, lengths = torch.randn(ENTRIES, 2, 5, 3, device=device), torch.randint(1, 6, (ENTRIES, 2))
+
+    def loss(parameters, x, options):
+        return functional_call(module, parameters, x, options)[0].pow(2).sum()
+
+    for options in ({"lengths": lengths}, {"reset": torch.zeros(ENTRIES, 2, 5, dtype=torch.bool, device=device)}):
+        with pytest.raises(NotImplementedError, match="vmap over lengths= or reset= is not supported"):
+            vmap(func_grad(loss), (None, 0, 0))(parameters, x, options)
+    found = vmap(func_grad(loss), (None, 0, None))(parameters, x, {"lengths": lengths[0]})
+    for k in range(ENTRIES):
+        expected = func_grad(loss)(parameters, x[k], {"lengths": lengths[0]})
+        torch.testing.assert_close({n: g[k] for n, g in found.items()}, expected)
+
+
 def test_cells_keep_nothing_of_a_transform(device):
     """What a cell remembers of a batch size is no tensor of a transform's, which is dead when that has ended."""
     cell = fusedrnn.GRUCell(3, 4, device=device).requires_grad_(False)
@@ -366,6 +384,22 @@ def test_gradients_are_the_same_bits(name, options, packed, device):
     expected = gradients(run)
     for way, f in ways.items():
         assert all(torch.equal(a, b) for a, b in zip(gradients(f), expected, strict=True)), way
+
+
+@pytest.mark.parametrize("name", ["LSTM", "GRUCell"])
+def test_hooks_that_cast(name, device):
+    """They get floating-point tensors alone: batch_sizes, of packed input and of a cell's step, are no others."""
+    module = getattr(fusedrnn, name)(3, 4, device=device)
+    x = torch.randn(2, 3, device=device)
+    given = (x, x.new_zeros(2, 4)) if name.endswith("Cell") else (nn.utils.rnn.PackedSequence(x, torch.tensor([1, 1])),)
+
+    def gradients(kept):
+        with saved_tensors_hooks(lambda t: t.to(kept), lambda t: t.float()):
+            y = tree_leaves(module(*given))[0]
+        return grad(y.sum(), list(module.parameters()))
+
+    for found, expected in zip(gradients(torch.float16), gradients(torch.float32), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0.01, atol=0.01)
 
 
 @pytest.mark.parametrize("name, options", MODULES)
