@@ -46,11 +46,18 @@ def plan(
 
 
 def test_a_cluster_has_the_weights_where_they_fit():
-    for N, H, blocks in ((1, 512, 16), (16, 768, 16), (64, 512, 16), (128, 256, 8), (32, 128, 8), (5, 100, 7)):
+    for N, H, blocks, columns in (
+        (1, 512, 16, 2),
+        (16, 768, 16, 2),  # as few batch entries to a cluster as there is room for
+        (32, 512, 16, 4),
+        (64, 512, 16, 8),
+        (128, 256, 8, 8),
+        (5, 100, 7, 2),
+    ):
         for backward in (False, True):
             found = plan(N, H, backward=backward)
             assert found["name"] == "cluster", found
-            assert found["blocks"] == (blocks, -(-N // 8), 1)
+            assert (found["blocks"], found["columns"]) == ((blocks, -(-N // columns), 1), columns)
             assert found["units"] * (blocks - 1) < H <= found["units"] * blocks
             assert found["shared_bytes"] <= H200["shared_bytes"]
 
@@ -86,20 +93,20 @@ def test_slower_plans_say_why():
 
 def test_layers_run_at_the_same_time_where_their_clusters_do():
     for (N, H, layers), together, blocks in (
-        ((16, 512, 4), 4, 16),
-        ((16, 512, 6), 6, 11),  # six of larger clusters would not fit
-        ((16, 512, 7), 4, 16),
-        ((32, 512, 4), 2, 16),
-        ((32, 256, 4), 4, 8),  # two layers of larger clusters would fit
+        ((16, 512, 3), 3, 16),
+        ((16, 512, 4), 4, 11),  # four of larger clusters would leave too little for the projections
+        ((16, 512, 6), 3, 16),
+        ((32, 512, 4), 2, 11),
+        ((32, 256, 4), 4, 6),
         ((64, 512, 4), 1, 16),  # already a layer fills the device
-        ((16, 768, 4), 4, 16),
+        ((16, 768, 4), 2, 16),
         ((16, 1024, 4), 1, 64),  # not of a cluster
     ):
         for backward in (False, True):
             found = plan(N, H, backward=backward, layers=layers)
             assert (found["together"], found["blocks"][0]) == (together, blocks), found
             if together > 1:
-                assert found["name"] == "cluster" and blocks * -(-N // 8) * together <= H200["processors"]
+                assert found["name"] == "cluster" and blocks * -(-N // 8) * together <= H200["processors"] * 3 / 4
     assert plan(16, 512, NO_CLUSTERS, layers=4)["together"] == 1
     for name, together in {"grid": 1, "loop": 1, "stepwise": 1, "cluster": 4}.items():
         with fusedrnn.use_plan(name):
@@ -254,11 +261,14 @@ def test_why_a_device_refuses(backward, host_device):
     """As with MPS, or beside another kernel: a plan that it has no room for is not taken, and explained."""
     found = device_plan(backward)
     assert (found["name"], found["reason"]) == ("cluster", "the weights fit in a cluster")
-    assert found["blocks"] == (3, 2, 1)
+    assert (found["blocks"], found["columns"]) == ((3, 4, 1), 4)
+    host_device(busy=3)
+    found = device_plan(backward)
+    assert (found["blocks"], found["columns"]) == ((3, 2, 1), 8)
     host_device(busy=7)
     found = device_plan(backward)
     refused = "the device has room for 1 of 2 clusters of {} at the same time; "
-    assert found["blocks"] == (2, 2, 1)
+    assert (found["blocks"], found["columns"]) == ((2, 2, 1), 8)
     assert found["reason"] == refused.format("3 blocks") + "the weights fit in a cluster"
     assert device_plan(backward, N=8)["blocks"] == (3, 1, 1)
     host_device(busy=11)
@@ -266,7 +276,7 @@ def test_why_a_device_refuses(backward, host_device):
     assert found["name"] == "stepwise"
     assert found["reason"] == refused.format("1 blocks") + "the device has room for 1 of 6 blocks at the same time"
     with fusedrnn.use_plan("cluster"):  # one after another
-        assert device_plan(backward)["blocks"] == (1, 2, 1)
+        assert device_plan(backward)["blocks"] == (1, 8, 1)
         host_device(busy=12)
         assert device_plan(backward)["name"] == "stepwise"
 

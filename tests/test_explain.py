@@ -148,8 +148,8 @@ def test_explain_a_gpu():
     assert explanation._words(on_a_gpu(facts)) == [
         "layer 0: lstm, bfloat16, T 100, N 16, I 512, H 512, on cuda:0",
         "  math:     tensor cores",
-        "  forward:  cluster, as the weights fit in a cluster; 16 x 2 x 1 blocks for 32 units, 8 rows each",
-        "  backward: cluster, as the weights fit in a cluster; 16 x 2 x 1 blocks for 32 units, 8 rows each",
+        "  forward:  cluster, as the weights fit in a cluster; 16 x 8 x 1 blocks for 32 units, 2 rows each",
+        "  backward: cluster, as the weights fit in a cluster; 16 x 8 x 1 blocks for 32 units, 2 rows each",
     ]
     assert explanation._words(on_a_gpu(facts, layers=4))[-1].endswith("8 rows each; 4 layers at the same time")
     slow = on_a_gpu({**facts, "dtype": "float32"}, {**H200, "processors": 16, "cluster_blocks": 0})

@@ -41,7 +41,8 @@ MUTANTS = [
     ("a meeting doesn't wait", "stepwise.cuh", "wait_for(counter_, target_);", ";"),
     ("a meeting doesn't signal", "stepwise.cuh", "signal(counter_);", ";"),
     ("h goes to the buffer that is being read", "stepwise.cuh", "d.h[(cells.s + 1) % 2].at", "d.h[cells.s % 2].at"),
-    ("two operands of mma swapped", "tile.cuh", "a[1].word[0], a[0].word[1]", "a[0].word[1], a[1].word[0]"),
+    ("two operands of mma swapped", "tile.cuh", "row_8.word[0], row.word[1]", "row.word[1], row_8.word[0]"),
+    ("weights in shared memory lie on each other", "weights.cuh", "(i * count_ + m)", "(i + m)"),
     (
         "backward reads the wrong step",
         "stepwise.cuh",
@@ -65,6 +66,12 @@ MUTANTS = [
         *swap("to_h = h + {} * inbox", "inbox.buffer()", "(1 - inbox.buffer())"),
     ),
     ("cluster: drh goes where it may still be read", "cluster.cuh", "outbox + (s & 1) * outbox_vectors;", "outbox;"),
+    (
+        "cluster: has others' batch entries",
+        "elements.cuh",
+        "column < columns_before(rows_end)",
+        "row + column < rows_end",
+    ),
     ("cluster: expects too few bytes", "cluster.cuh", "mine * pairs * shape.blocks", "mine * pairs"),
     ("cluster: parts of dh go to the wrong place", "cluster.cuh", "rank * own_floats;", "0 * own_floats;"),
     (

@@ -1,8 +1,8 @@
-// The whole time loop of 8 batch entries of a direction by a cluster of blocks, each of which has some units and keeps
-// their part of the recurrent weights on the chip: in registers, what is too much in shared memory. Between steps the
-// blocks write into each other's shared memory. Every block sends to every block in every step, and only when it has
-// read the message before. So two buffers by turns are enough: who sends message m + 2 has got message m + 1 from all,
-// and they had read message m. Every message is waited for, so none comes to a block that has ended.
+// The whole time loop of up to 8 batch entries of a direction by a cluster of blocks, each of which has some units and
+// keeps their part of the recurrent weights on the chip: in registers, what is too much in shared memory. Between steps
+// the blocks write into each other's shared memory. Every block sends to every block in every step, and only when it
+// has read the message before. So two buffers by turns are enough: who sends message m + 2 has got message m + 1 from
+// all, and they had read message m. Every message is waited for, so none comes to a block that has ended.
 #pragma once
 
 #include "elements.cuh"
@@ -16,9 +16,9 @@ template <int apart>
 using ClusterPlace = Place<cluster_columns, 1, apart>;
 
 template <int apart>
-FUSEDRNN_DEVICE ClusterPlace<apart> cluster_place(int groups) {
+FUSEDRNN_DEVICE ClusterPlace<apart> cluster_place(const ClusterShape& shape) {
   const Grid block = block_index();
-  return {int(block.z), groups, int(block.x) * groups * units, int(block.y) * cluster_columns};
+  return {int(block.z), shape.groups, shape.columns, int(block.x) * shape.groups * units, int(block.y) * shape.columns};
 }
 
 // Divides numbers below 2^16 / by, faster than a division.
@@ -78,9 +78,6 @@ FUSEDRNN_DEVICE T* shared_at(int64_t offset) {
 FUSEDRNN_DEVICE void clear(Vector* from, const Vector* to) {
   for (from += thread_index(); from < to; from += block_threads()) *from = {};
 }
-FUSEDRNN_DEVICE int columns_of(int rows_end, int row) {
-  return rows_end - row < cluster_columns ? rows_end - row : cluster_columns;
-}
 
 // The partial sums of an element's gates.
 template <int gates>
@@ -96,7 +93,7 @@ forward_cluster(const Forward<typename Math::Storage> p) {
     using S = typename Math::Storage;
     constexpr int gates = Cell::gates;
     const ClusterShape& shape = p.cluster;
-    const auto at = cluster_place<sums_apart>(shape.groups);
+    const auto at = cluster_place<sums_apart>(shape);
     const auto& d = p.direction[at.direction];
     const int own = shape.groups * units, warp = thread_index() / warp_size, lane = thread_index() % warp_size;
     const int m_warp = warp / shape.k_warps, k_warp = warp % shape.k_warps;
@@ -170,7 +167,7 @@ forward_cluster(const Forward<typename Math::Storage> p) {
       const bool goes_on = s + 1 < p.range.last && at.row < rows;
       if (goes_on) {
         sync_block();
-        const unsigned columns = columns_of(rows, at.row), H = p.H;
+        const unsigned columns = at.columns_before(rows), H = p.H;
         inbox.expect((H + Math::vector - 1) / Math::vector * columns * sizeof(Vector));
         Vector* const to_h = h + inbox.buffer() * inbox_vectors;
 #pragma unroll 1
@@ -205,7 +202,7 @@ backward_cluster(const Backward<typename Math::Storage> p) {
     using S = typename Math::Storage;
     constexpr int gates = Cell::gates;
     const ClusterShape& shape = p.cluster;
-    const auto at = cluster_place<1>(shape.groups);
+    const auto at = cluster_place<1>(shape);
     const auto& d = p.direction[at.direction];
     const int own = shape.groups * units, warp = thread_index() / warp_size, lane = thread_index() % warp_size;
     const int rank = int(block_index().x), groups_of_all = int((p.H + units - 1) / units);
@@ -267,8 +264,8 @@ backward_cluster(const Backward<typename Math::Storage> p) {
       const bool goes_on = s > first && at.row < cells.batch;
       if (goes_on) {
         sync_block();
-        const unsigned H = p.H, columns = columns_of(cells.batch, at.row), pairs = (columns + 1) / 2;
-        const unsigned mine = H - at.unit < own ? H - at.unit : own;
+        const unsigned H = p.H, columns = at.columns_before(cells.batch), pairs = (columns + 1) / 2;
+        const unsigned mine = H - at.unit < unsigned(own) ? H - at.unit : own;
         inbox.expect(mine * pairs * shape.blocks * 2 * sizeof(float));
         float c[tiles][1][4] = {};
         weights.multiply(c, [&](int i, Vector(&b)[1][1]) { b[0][0] = Math::prepare(drh[i * warp_size + lane]); });

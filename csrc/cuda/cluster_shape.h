@@ -7,8 +7,8 @@
 
 namespace fusedrnn::cuda {
 
-constexpr int cluster_columns = 8;  // batch entries of a cluster
-constexpr int cluster_warps = 12;   // of a block, at most: a thread has 168 registers
+constexpr int cluster_columns = 8, least_columns = 2;  // batch entries of a cluster, at most and at least
+constexpr int cluster_warps = 12;                      // of a block, at most: a thread has 168 registers
 
 // Tiles of 16 rows that a warp has at most, backward in one kernel and in another; forward they are the gates.
 constexpr int few_tiles = 3, many_tiles = 4;
@@ -28,6 +28,7 @@ constexpr int far_fragments(int64_t blocks, int warps, int near, int tiles, int 
 
 struct ClusterShape {
   int blocks, groups;                // of the cluster; of 16 units, of a block
+  int columns = cluster_columns;     // batch entries of the cluster
   int m_warps, k_warps;              // a block's warps divide the product's rows, and k
   int tiles;                         // of 16 rows, of a warp
   int k_blocks;                      // of Math::k elements, of a block

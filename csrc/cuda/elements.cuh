@@ -16,23 +16,27 @@ struct Element {
 };
 
 // What a block computes: `groups` of 16 units (or outputs of the projection) from `unit`, `columns` entries of the
-// batch from `row`; at most `count` elements a thread. The halves of a warp have batch entries that are `apart`.
-template <int columns, int count_, int apart>
+// batch from `row`, at most `most_columns`; at most `count` elements a thread. The halves of a warp have batch entries
+// that are `apart`.
+template <int most_columns, int count_, int apart>
 struct Place {
   static_assert(apart == 1 || apart == 4);
   static constexpr int count = count_;
-  int direction, groups;
+  int direction, groups, columns;
   int unit, row;
+
+  // How many of its batch entries are before rows_end.
+  FUSEDRNN_DEVICE int columns_before(int rows_end) const { return rows_end - row < columns ? rows_end - row : columns; }
 
   // Calls f(element) for the thread's elements with unit < units_end and n < rows_end.
   template <class F>
   FUSEDRNN_DEVICE void each(int units_end, int rows_end, F f) const {
 #pragma unroll
     for (int i = 0; i < count; ++i) {
-      const int e = thread_index() + i * block_threads(), j = e / units % columns;
+      const int e = thread_index() + i * block_threads(), j = e / units % most_columns;
       const int column = j / 8 * 8 + j % 2 * apart + j % 8 / 2 * (apart == 1 ? 2 : 1);
-      const int m = e / (units * columns) * units + e % units;
-      if (m < groups * units && unit + m < units_end && row + column < rows_end)
+      const int m = e / (units * most_columns) * units + e % units;
+      if (m < groups * units && unit + m < units_end && column < columns_before(rows_end))
         f(Element{unit + m, row + column, m, column, i});
     }
   }

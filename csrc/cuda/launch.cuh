@@ -79,11 +79,13 @@ Plan find_plan(const Kernels<Params>& kernels, PlanRequest request, int layers) 
                                  " batch entries are too many, a GPU takes " +
                                  std::to_string(most_blocks_y * plan.columns()));
       if (plan.is_cluster()) {
-        const int64_t all = plan.blocks_y * request.directions * together, enough = forced_plan().empty() ? all : 1;
+        const int blocks = plan.cluster.blocks;
+        const auto clusters = [&](int64_t batch_tiles) { return batch_tiles * request.directions * together; };
         const int64_t most = resident_clusters(cluster_kernel(kernels, plan), cluster_launch(plan, request));
-        if (most >= enough) return plan;
-        device.refused = refusal(most, all, "clusters of " + std::to_string(plan.cluster.blocks) + " blocks");
-        device.cluster_blocks = plan.cluster.blocks - 1;  // smaller ones leave less of the device unused
+        if (most >= (forced_plan().empty() ? clusters(plan.blocks_y) : 1)) return plan;
+        device.clusters[blocks] = most;
+        const int64_t fewest = clusters((request.N + cluster_columns - 1) / cluster_columns);
+        if (most < fewest) device.refused = refusal(most, fewest, "clusters of " + std::to_string(blocks) + " blocks");
         continue;
       }
       if (plan.one_launch()) {

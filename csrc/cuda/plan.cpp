@@ -57,18 +57,24 @@ ClusterShape cluster_shape(const PlanRequest& r, int64_t blocks) {
   return c;
 }
 
-// The largest cluster such that all run at the same time. Without one the name stays empty and the reason says why;
-// then, if it is forced, clusters may also run one after another.
+// The largest cluster such that all run at the same time, and of those the one with the fewest batch entries: its
+// blocks exchange the least. Without one the name stays empty and the reason says why; then, if it is forced, clusters
+// may also run one after another.
 Plan cluster_plan(const PlanRequest& r, const Device& device, bool forced) {
   Plan plan{};
-  const int64_t clusters = ceil_div(r.N, cluster_columns) * r.directions * r.together;
+  const auto clusters = [&](int64_t columns) { return ceil_div(r.N, columns) * r.directions * r.together; };
+  // Where layers run at the same time, so do the projections of their next steps: a quarter is for those.
+  const int64_t processors = r.together > 1 ? device.processors * 3 / 4 : device.processors;
   ClusterShape fits{};
   bool at_once = false;
-  for (int blocks = device.cluster_blocks; blocks > 0; --blocks) {
+  for (int blocks = device.cluster_blocks; blocks > 0 && !at_once; --blocks) {
     const ClusterShape shape = cluster_shape(r, blocks);
     if (shape.shared_bytes == 0 || shape.shared_bytes > device.shared_bytes) continue;
-    fits = shape, at_once = shape.blocks * clusters <= device.processors;
-    if (at_once) break;
+    if (device.room(shape.blocks) == 0) continue;
+    const int64_t room = std::min(device.room(shape.blocks), processors / shape.blocks);
+    fits = shape, fits.columns = least_columns;
+    while (fits.columns < cluster_columns && clusters(fits.columns) > room) fits.columns *= 2;
+    at_once = clusters(fits.columns) <= room;
   }
   if (device.cluster_blocks == 0)
     plan.reason = device.refused.empty() ? "the device has no clusters" : device.refused;
@@ -79,12 +85,12 @@ Plan cluster_plan(const PlanRequest& r, const Device& device, bool forced) {
   else if (fits.blocks == 0)
     plan.reason = "the weights are too large for a cluster";
   else if (!at_once && !forced)
-    plan.reason = std::to_string(clusters) + " clusters of " + std::to_string(fits.blocks) +
+    plan.reason = std::to_string(clusters(fits.columns)) + " clusters of " + std::to_string(fits.blocks) +
                   " blocks are too many to run at the same time";
   else
     plan.name = "cluster", plan.reason = forced ? "this plan was asked for" : "the weights fit in a cluster";
   if (device.cluster_blocks > 0 && !device.refused.empty()) plan.reason = device.refused + "; " + plan.reason;
-  plan.cluster = fits, plan.blocks_x = fits.blocks, plan.blocks_y = ceil_div(r.N, cluster_columns);
+  plan.cluster = fits, plan.blocks_x = fits.blocks, plan.blocks_y = ceil_div(r.N, fits.columns);
   return plan;
 }
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <string>
 #include <vector>
 
@@ -25,10 +26,17 @@ struct PlanRequest {
 };
 
 struct Device {
-  int processors;            // streaming multiprocessors
-  int64_t shared_bytes;      // shared memory that one block can have
-  int cluster_blocks;        // of the largest cluster; 0 where there are none
-  std::string refused = {};  // what it didn't run of a faster plan, in words
+  int processors;                        // streaming multiprocessors
+  int64_t shared_bytes;                  // shared memory that one block can have
+  int cluster_blocks;                    // of the largest cluster; 0 where there are none
+  std::map<int, int64_t> clusters = {};  // of so many blocks, that it runs at the same time, where it was asked
+  std::string refused = {};              // what it didn't run of a faster plan, in words
+
+  // Clusters that it may run at the same time, as far as is known.
+  int64_t room(int blocks) const {
+    const auto asked = clusters.find(blocks);
+    return asked != clusters.end() ? asked->second : processors / blocks;
+  }
 };
 
 // Tiles come in these sizes: rows of the batch, and how a block's warps divide it.
@@ -57,7 +65,7 @@ struct Plan {
   bool one_launch() const { return name != "stepwise"; }
   bool resident() const { return name == "grid"; }
   int units() const { return is_cluster() ? 16 * cluster.groups : 16; }  // of a block
-  int columns() const { return is_cluster() ? cluster_columns : tile_shapes[shape].columns(); }
+  int columns() const { return is_cluster() ? cluster.columns : tile_shapes[shape].columns(); }
   int64_t shared_bytes() const {
     return is_cluster() ? cluster.shared_bytes : sums_bytes + (resident() ? weights_bytes : 0);
   }

@@ -36,7 +36,7 @@ using TilePlace = Place<Tile::columns, (units * Tile::columns + block_size - 1) 
 template <class Tile>
 FUSEDRNN_DEVICE TilePlace<Tile> place() {
   const Grid block = block_index();
-  return {int(block.z), 1, int(block.x) * units, int(block.y) * Tile::columns};
+  return {int(block.z), 1, Tile::columns, int(block.x) * units, int(block.y) * Tile::columns};
 }
 
 // The block's shared memory: the partial sums, then the weights that stay and are too many for registers.

@@ -80,7 +80,7 @@ struct Tile {
   static constexpr int64_t sums_bytes = int64_t(sizeof(A)) * k_warps * columns * pitch;
 
   // a where it stays on the chip. Warps that have the same k write the same to shared memory.
-  using Weights = WarpWeights<Math, m_tiles, resident_fragments(n_tiles), n_tiles <= 2 ? 4 : 2>;
+  using Weights = WarpWeights<Math, m_tiles, resident_fragments(n_tiles), n_tiles == 1 ? 8 : n_tiles == 2 ? 4 : 2>;
   template <class RowOfA>
   FUSEDRNN_DEVICE static Weights keep(Vector* far, RowOfA a_row, int64_t K) {
     const int each = far_fragments((K + Math::k - 1) / Math::k, k_warps, Weights::in_registers, m_tiles, m_tiles);

@@ -107,6 +107,10 @@ template <class T>
 void invert(Thread& t, const Instruction& i) {
   t.set(i.at[0], T(~t.get<T>(i.at[1])));
 }
+template <class T>
+void negate(Thread& t, const Instruction& i) {
+  t.set(i.at[0], subtract(T(0), t.get<T>(i.at[1])));
+}
 inline void invert_predicate(Thread& t, const Instruction& i) { t.set(i.at[0], uint64_t(!t.predicate(i.at[1]))); }
 template <class T>
 void reciprocal(Thread& t, const Instruction& i) {

@@ -128,6 +128,7 @@ inline Execute arithmetic(const Form& form) {
       if (name == "bfi" && sizeof(T) == 4) return insert_bits<T>;
       if (name == "shl") return shift_left<T>;
       if (name == "shr") return shift_right<T>;
+      if (name == "neg") return negate<T>;
       if (name == "not") return form.type() == "pred" ? invert_predicate : invert<T>;
     } else {
       if (name == "div" && form.has("rn")) return binary<T, divide>;
