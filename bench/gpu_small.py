@@ -10,9 +10,7 @@ large, or if no layer could be run by a plan.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
-import io
 import itertools
 import sys
 from typing import Any
@@ -23,6 +21,8 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 import fusedrnn
 from fusedrnn import stacked
+
+from . import plans
 
 PLANS = ("stepwise", "loop", "grid", "cluster")
 LAYERS: tuple[tuple[type, dict[str, Any]], ...] = (
@@ -54,15 +54,14 @@ def error(found: Tensor, expected: Tensor) -> float:
     return difference if difference == difference else float("inf")
 
 
-def plans_of(module: Any, device: str) -> tuple[str, str]:
-    """By which plans the module's last layer runs on a batch, forward and backward, and why if they differ."""
+def plans_of(module: torch.nn.Module, device: str) -> tuple[str, str]:
+    """By which plans the module's last layer runs on a batch, forward and backward, and how or why."""
     if torch.device(device).type != "cuda":
         return "", ""
-    with contextlib.redirect_stdout(io.StringIO()):
-        facts = fusedrnn.explain(module, (6, 21, 9))[-1]
-    passes = (facts["forward"], facts["backward"])
-    names = [plan["name"] for plan in passes]
-    return "/".join(names), "; ".join(dict.fromkeys(plan["reason"] for plan in passes))
+    found = plans.passes("fusedrnn", module, (6, 21, 9))
+    return "/".join([plan["name"] for plan in found]), "; ".join(
+        dict.fromkeys(f"{plans.words(plan)}: {plan['reason']}" for plan in found)
+    )
 
 
 def main(arguments: list[str], device: str = "cuda") -> int:
@@ -92,7 +91,7 @@ def main(arguments: list[str], device: str = "cuda") -> int:
             verdict = "ok" if max(worst) <= tolerance else "WRONG"
             failed |= verdict != "ok"
             taken |= names in ("", f"{plan}/{plan}")
-            why = "" if names in ("", f"{plan}/{plan}") else f"  ({reason})"
+            why = f"  ({reason})" if reason else ""
             words = [layer.__name__, *map(str, options.values()), str(dtype).removeprefix("torch.")]
             errors = f"padded {worst[0]:.1e}  packed {worst[1]:.1e}"
             print(f"{plan:<9}{' '.join(words):<24}{names:<19}{errors}  {verdict}{why}", flush=True)

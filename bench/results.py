@@ -29,6 +29,7 @@ class Entry:
     first_ms: float | None = None
     setup_ms: float | None = None
     peak_mib: float | None = None
+    plans: str | None = None  # of the two passes, on a GPU
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import math
 import statistics
 import sys
@@ -12,13 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import environment, gate, timing
+from . import environment, gate, plans, timing
 from .cases import Case
 from .contestant import Apart, Contestant, Lost
-from .implementations import Unavailable, contestants
+from .implementations import OURS, Unavailable, contestants
 from .limits import Limits
 from .results import DISTURBED, Entry, Row
-from .workload import make
+from .workload import Workload, arguments, class_name, make
 
 
 @dataclass(frozen=True)
@@ -69,9 +70,22 @@ def run(case: Case, threads: int, limits: Limits | None, options: Options) -> Ro
             entry = row.entries[name]
             entry.median_us, entry.q1_us, entry.q3_us = found.median_us, found.q1_us, found.q3_us
             entry.rounds, entry.inner = found.rounds, found.inner
+        if options.ours and OURS in right and options.device == "cuda":
+            row.entries[OURS].plans = _plans(work, options.ours)
     for name in right:
         _first_use(row.entries[name], name, enter, 0 if case.mode == "scaling" else options.first_uses)
     return row
+
+
+def _plans(work: Workload, package: str) -> str | None:
+    """By which plans ours ran a case."""
+    if work.case.mode == "cells":
+        return None
+    args, kwargs = arguments(work.case)
+    module = getattr(importlib.import_module(package), class_name(work.case))(*args, **kwargs)
+    shape = work.case.shape
+    module = module.to(work.device, getattr(torch, work.case.dtype)).train(work.case.training)
+    return " / ".join(map(plans.words, plans.passes(package, module, (shape.t, shape.n, shape.h))))
 
 
 def _checked(one: Contestant | Apart, expected: dict[str, Tensor], limit: float) -> Entry:

@@ -136,6 +136,13 @@ def test_plan(bench, monkeypatch):
     assert (*found, _C.forced_cuda_plan()) == ("loop", "", "")
 
 
+def test_plans_of_a_case(bench, case, monkeypatch):
+    plan = {"name": "cluster", "blocks": (16, 8, 1), "columns": 2, "together": 1}
+    monkeypatch.setattr(bench("plans"), "passes", lambda package, module, shape: [plan, plan | {"together": 3}])
+    found = bench("runner")._plans(bench("workload").make(case, "cpu"), "fusedrnn")
+    assert found == "cluster 16x8x1 of 2 rows / cluster 16x8x1 of 2 rows, 3 layers at the same time"
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu(bench, case):
     one = bench("contestant").Contestant(case, "fusedrnn", "fusedrnn", 1, "cuda")
@@ -160,6 +167,6 @@ def test_small_layers(bench, device, capsys, monkeypatch):
     small = bench("gpu_small")
     assert small.main(["stepwise"], str(device)) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == len(small.LAYERS) * len(small.TOLERANCE) and all(line.endswith("ok") for line in lines)
+    assert len(lines) == len(small.LAYERS) * len(small.TOLERANCE) and all("  ok" in line for line in lines)
     monkeypatch.setattr(small, "error", lambda found, expected: float("inf"))
     assert small.main(["stepwise"], str(device)) == 3
