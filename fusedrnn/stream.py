@@ -82,13 +82,12 @@ class Stream:
             self._prepare(input)
         x = input.transpose(0, 1) if self._transposed else input
         module = self.module
-        y = self._y
         try:
-            self._advance(x, self._h, self._c, module._weights(), self._sizes, module.num_layers, y)
+            self._advance(x, self._h, self._c, module._weights(), self._sizes, module.num_layers, self._y)
         except RuntimeError:
             self._check_kind()
             raise
-        _increment_version((y,))  # the op is out of autograd's sight
+        _increment_version(self._written)  # the op is out of autograd's sight
         return self._result
 
     def _check_kind(self) -> None:
@@ -129,6 +128,7 @@ class Stream:
         with torch.inference_mode(False):
             self._y = self._h.new_empty(*x.shape[:-1], self._h.shape[-1])
             self._result = self._y.transpose(0, 1) if self._transposed else self._y
+        self._written = (self._y,)
         self._shape = input.shape
 
     def __reduce__(self) -> tuple[Any, ...]:
