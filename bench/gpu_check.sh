@@ -19,7 +19,7 @@ sanitizer() {
   log=$(mktemp -d)
   for tool in "${tools[@]}"; do
     timeout --kill-after 5 "$1" env OMP_NUM_THREADS=1 compute-sanitizer --tool "$tool" "${options[@]}" \
-      "$PYTHON" -m bench.gpu_small cluster grid loop stepwise > "$log/$tool" 2>&1 &
+      "$PYTHON" -m bench.gpu_small cluster split grid loop stepwise > "$log/$tool" 2>&1 &
     pids+=($!)
   done
   for tool in "${tools[@]}"; do
@@ -79,7 +79,7 @@ times() {
 # keep no plan from being looked at: the tests show where they are, and the benchmark times no wrong result.
 fastest=()
 try_plans() {
-  local plan plans=(stepwise loop grid cluster)
+  local plan plans=(stepwise loop grid cluster split)
   for plan in "${plans[@]}"; do
     stage "$plan" "$1" env OMP_NUM_THREADS=4 "$PYTHON" -m bench.gpu_small --large "$plan" > "$OUT/$plan.end" &
   done

@@ -24,7 +24,7 @@ from fusedrnn import stacked
 
 from . import plans
 
-PLANS = ("stepwise", "loop", "grid", "cluster")
+PLANS = ("stepwise", "loop", "grid", "cluster", "split")
 LAYERS: tuple[tuple[type, dict[str, Any]], ...] = (
     (fusedrnn.LSTM, {}),
     (fusedrnn.LSTM, {"hidden_size": 16}),  # a cluster of one block
@@ -90,7 +90,7 @@ def main(arguments: list[str], device: str = "cuda") -> int:
                 worst.append(max(map(error, found, expected)))
             verdict = "ok" if max(worst) <= tolerance else "WRONG"
             failed |= verdict != "ok"
-            taken |= names in ("", f"{plan}/{plan}")
+            taken |= names in ("", f"{plan}/{plan}", "grid/split")
             why = f"  ({reason})" if reason else ""
             words = [layer.__name__, *map(str, options.values()), str(dtype).removeprefix("torch.")]
             errors = f"padded {worst[0]:.1e}  packed {worst[1]:.1e}"

@@ -85,8 +85,8 @@ def pytest_configure(config):
         _C.force_cuda_plan(plan)
 
 
-# How the CUDA kernels run, fastest first; each stands for itself and the slower ones where a shape is too large for it.
-CUDA_PLANS = ("cluster", "grid", "loop", "stepwise")
+# How the CUDA kernels run, fastest first; each stands for itself and a slower one where a shape is too large for it.
+CUDA_PLANS = ("split", "cluster", "grid", "loop", "stepwise")
 
 
 def on_cuda_kernels(config) -> bool:

@@ -1,6 +1,7 @@
 """What only the CUDA kernels have: plans, TF32, launches of many steps, streams and graphs."""
 
 import ctypes
+import itertools
 
 import helpers
 import pytest
@@ -73,6 +74,26 @@ def test_weights_stay_on_the_chip_where_they_fit():
             assert found["shared_bytes"] <= H200["shared_bytes"]
 
 
+def test_blocks_divide_k_where_a_step_has_many_gradients():
+    for N, H, gates, blocks in ((16, 2048, 4, 128), (128, 1024, 4, 64), (64, 1000, 4, 64), (64, 1024, 3, 64)):
+        found = plan(N, H, cell_gates=gates, backward=True)
+        assert found["name"] == "split" and "too large for a cluster" in found["reason"], found
+        assert found["blocks"][0] == blocks and found["shared_bytes"] <= H200["shared_bytes"]
+        assert plan(N, H, cell_gates=gates)["name"] == "grid"
+        assert plan(N, H, NO_CLUSTERS, cell_gates=gates, backward=True)["name"] == "grid"
+    assert plan(16, 1024, backward=True)["name"] == "grid"
+    with fusedrnn.use_plan("split"):
+        assert plan(16, 1024, backward=True)["name"] == "split"
+        for options, reason in (
+            ({"backward": False}, "only the backward pass"),
+            ({"device": NO_CLUSTERS}, "no clusters"),
+            ({"H": 1041, "directions": 2}, "136 blocks"),  # 132, if they weren't of clusters
+            ({"element": 4, "tensor_cores": False}, "only tensor cores"),
+        ):
+            found = plan(**{"N": 8, "H": 1024, "backward": True, **options})
+            assert found["name"] in ("grid", "loop") and reason in found["reason"], found
+
+
 def test_slower_plans_say_why():
     found = plan(16, 1024)
     assert found["name"] == "grid" and "too large for a cluster; the weights fit on the chip" in found["reason"]
@@ -135,7 +156,7 @@ def test_a_plan_can_be_forced():
     with fusedrnn.use_plan("cluster"):
         assert plan(16, 512)["name"] == plan(1000, 512)["name"] == "cluster"
         assert plan(1000, 4096)["name"] == "stepwise"
-    expected = r"plan 'cluser' is unknown: expected stepwise, loop, grid, cluster or ''"
+    expected = r"plan 'cluser' is unknown: expected stepwise, loop, grid, split, cluster or ''"
     with pytest.raises(ValueError, match=expected), fusedrnn.use_plan("cluser"):
         pass
     assert plan(16, 512)["name"] == "cluster"
@@ -207,7 +228,7 @@ def test_tf32_of_any_strides(strides, device):
 @pytest.mark.usefixtures("cuda_kernels")
 @pytest.mark.parametrize("name", VARIANTS)
 def test_plans_agree(name, device):
-    """To the last bit where they differ only in launches and in where weights are; a cluster has its own order of sums.
+    """To the last bit where they differ only in launches and in where weights are; clusters have orders of their own.
 
     Of 48 rows, three clusters at least run one after another.
     """
@@ -216,14 +237,14 @@ def test_plans_agree(name, device):
             case = variant(name, I=6, H=37, directions=2, dtype=dtype, **options)
             inputs, gradients = make_inputs(case, device), make_gradients(case, device)
             found = []
-            for forced in ("grid", "loop", "stepwise", "cluster"):
+            for forced in ("grid", "loop", "stepwise", "cluster", "split"):
                 with fusedrnn.use_plan(forced):
                     found.append(ours(case, inputs, gradients))
             assert_same_bits(found[0], found[1], str(case))
             assert_same_bits(found[0], found[2], str(case))
             if name != "rnn_relu":  # its derivative jumps
-                for what, value in found[0].items():
-                    assert relative_error(found[3][what], value) <= FLOORS[dtype], (str(case), what)
+                for other, (what, value) in itertools.product(found[3:], found[0].items()):
+                    assert relative_error(other[what], value) <= FLOORS[dtype], (str(case), what)
 
 
 @pytest.mark.usefixtures("cuda_kernels")
@@ -279,6 +300,17 @@ def test_why_a_device_refuses(backward, host_device):
         assert device_plan(backward)["blocks"] == (1, 8, 1)
         host_device(busy=12)
         assert device_plan(backward)["name"] == "stepwise"
+
+
+def test_why_a_device_does_not_divide(host_device):
+    with fusedrnn.use_plan("split"):
+        found = device_plan(backward=True)
+        assert (found["name"], found["blocks"]) == ("split", (4, 2, 1))
+        host_device(busy=5)
+        found = device_plan(backward=True)
+    assert (found["name"], found["blocks"]) == ("grid", (3, 2, 1))
+    refused = "the device has room for 1 of 2 clusters of 4 blocks at the same time; "
+    assert found["reason"] == refused + "the weights fit on the chip"
 
 
 def test_more_batch_entries_than_a_launch_takes(host_device):

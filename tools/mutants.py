@@ -27,6 +27,7 @@ CLUSTER_SEND = "if (goes_on) {{\n        {}\n        const unsigned columns"
 CLUSTER_DRH = "if (goes_on) {{\n        {}\n        const unsigned H"
 CLUSTER_WAIT = "{}\n      float c[gates][1][4]"
 WAVE_C = "= cells.h[e.i]; }});\n    {}"
+SPLIT_SEND = "{}\n    inbox_.expect"
 CLUSTER_START = "cells(p, d, at, p.range.first);\n    {}"
 
 
@@ -58,7 +59,7 @@ MUTANTS = [
         "if (s <= last && at.row < cells.next_batch) inbox.receive();",
         "",
     ),
-    ("cluster: waits for the message before", "cluster.cuh", "(messages_ - 1) / 2", "(messages_ + 1) / 2"),
+    ("cluster: waits for the message before", "inbox.cuh", "(messages_ - 1) / 2", "(messages_ + 1) / 2"),
     ("cluster: starts before the mailboxes are open", "cluster.cuh", *swap(CLUSTER_START, "sync_cluster();", "")),
     (
         "cluster: h goes to the buffer that is being read",
@@ -76,10 +77,14 @@ MUTANTS = [
     ("cluster: parts of dh go to the wrong place", "cluster.cuh", "rank * own_floats;", "0 * own_floats;"),
     (
         "cluster: a block that is alone doesn't meet",
-        "cluster.cuh",
+        "inbox.cuh",
         *swap("if (alone_)\n      {}", "sync_block();", ";"),
     ),
-    ("cluster: a block that is alone sends", "cluster.cuh", "alone_(blocks == 1)", "alone_(false)"),
+    ("cluster: a block that is alone sends", "inbox.cuh", "alone_(blocks == 1)", "alone_(false)"),
+    ("split: no barrier before the sums are sent", "stepwise.cuh", *swap(SPLIT_SEND, "sync_block();", "")),
+    ("split: doesn't wait for the others' sums", "stepwise.cuh", "inbox_.receive();", ""),
+    ("split: sums go to the wrong place", "stepwise.cuh", "part(rank(), m", "part(0, m"),
+    ("split: all blocks have the first part of k", "stepwise.cuh", "smaller(Split::rank() * each, all)", "0"),
     ("large products ignore TF32", "products.cuh", "if (left && right &&", "if (false && left && right &&"),
     ("a transposed factor isn't turned", "products.cuh", "int(pitch), turned != 0}", "int(pitch), false}"),
     ("the wrong rows of the weights are kept", "tile.cuh", *swap(KEEP, "16 * m + 8 * half", "16 * m")),

@@ -50,6 +50,12 @@ constexpr int partial_place(int m, int column) {
 constexpr int sums_pitch(int rows) { return rows + 4; }
 constexpr int sums_apart = 4;
 
+// What the blocks of a cluster that divide k among them have of each other's sums (stepwise.cuh), behind two mailboxes.
+constexpr int split_blocks = 4, mailboxes_bytes = 32;
+constexpr int split_inbox_bytes(int divide_k, int columns) {
+  return divide_k > 1 ? mailboxes_bytes + 2 * divide_k * columns * sums_pitch(16) * int(sizeof(float)) : 0;
+}
+
 // The same of a forward cluster, whose sums of an element's gates are side by side, 16 bytes if they are several: the
 // elements between those of neighbouring batch entries.
 constexpr int gate_floats(int gates) { return gates > 1 ? 4 : 1; }

@@ -10,12 +10,13 @@
 
 namespace fusedrnn::cuda {
 
-// The kernels of a pass; those of stepwise.cuh by Plan::shape, and whether the weights stay on the chip.
+// The kernels of a pass; those of stepwise.cuh by Plan::shape, and whether the weights stay on the chip and k is
+// divided.
 template <class Params>
 struct Kernels {
   using Kernel = void (*)(Params);
   Kernel cluster, cluster_of_many;  // the second is for warps of many_tiles
-  std::array<Kernel, 4> resident, tiled;
+  std::array<Kernel, 4> split, resident, tiled;
 };
 
 inline Grid grid_of(const Plan& plan, const PlanRequest& request) {
@@ -26,7 +27,8 @@ inline Launch cluster_launch(const Plan& plan, const PlanRequest& request) {
           plan.cluster.blocks};
 }
 inline Launch tiled_launch(const Plan& plan, const PlanRequest& request) {
-  return {grid_of(plan, request), block_size, size_t(plan.shared_bytes()), plan.one_launch()};
+  return {grid_of(plan, request), block_size, size_t(plan.shared_bytes()), plan.one_launch(),
+          plan.is_split() ? split_blocks : 0};
 }
 template <class Params>
 auto cluster_kernel(const Kernels<Params>& kernels, const Plan& plan) {
@@ -34,7 +36,7 @@ auto cluster_kernel(const Kernels<Params>& kernels, const Plan& plan) {
 }
 template <class Params>
 auto tiled_kernel(const Kernels<Params>& kernels, const Plan& plan) {
-  return (plan.resident() ? kernels.resident : kernels.tiled)[plan.shape];
+  return (plan.is_split() ? kernels.split : plan.resident() ? kernels.resident : kernels.tiled)[plan.shape];
 }
 
 // Steps first .. last - 1 (backward from the last to the first): in one launch, or in a launch a step, two with a
@@ -88,8 +90,16 @@ Plan find_plan(const Kernels<Params>& kernels, PlanRequest request, int layers) 
         if (most < fewest) device.refused = refusal(most, fewest, "clusters of " + std::to_string(blocks) + " blocks");
         continue;
       }
+      const Launch l = tiled_launch(plan, request);
+      if (plan.is_split()) {
+        const int64_t most = resident_clusters(tiled_kernel(kernels, plan), l), all = l.grid.blocks() / split_blocks;
+        if (most >= all) return plan;
+        device.splits = false;
+        if (!device.refused.empty()) device.refused += "; ";
+        device.refused += refusal(most, all, "clusters of " + std::to_string(split_blocks) + " blocks");
+        continue;
+      }
       if (plan.one_launch()) {
-        const Launch l = tiled_launch(plan, request);
         const int64_t most = resident_blocks(tiled_kernel(kernels, plan), l);
         if (most < l.grid.blocks()) {
           plan.name = "stepwise", plan.reason = refusal(most, l.grid.blocks(), "blocks");
@@ -133,6 +143,9 @@ Kernels<Backward<typename Math::Storage>> backward_kernels() {
     kernels.cluster_of_many = backward_cluster<Cell, Math, many_tiles>;
     kernels.resident = {backward_kernel<Cell, Math, 1, 1, true>, backward_kernel<Cell, Math, 2, 1, true>,
                         backward_kernel<Cell, Math, 4, 1, true>, backward_kernel<Cell, Math, 4, 2, true>};
+    kernels.split = {
+        backward_kernel<Cell, Math, 1, 1, true, split_blocks>, backward_kernel<Cell, Math, 2, 1, true, split_blocks>,
+        backward_kernel<Cell, Math, 4, 1, true, split_blocks>, backward_kernel<Cell, Math, 4, 2, true, split_blocks>};
   }
   return kernels;
 }

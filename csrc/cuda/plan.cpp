@@ -16,14 +16,18 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 int64_t k_block(const PlanRequest& r) { return 4 * vector_bytes / r.element; }
 
-// A block's partial sums, and the weights that are not in its registers.
-int64_t sums_bytes(const PlanRequest& r, TileShape shape) {
-  const int64_t accumulator = std::max<int64_t>(r.element, 4);
-  return accumulator * (block_warps / shape.n_warps) * shape.columns() * sums_pitch(r.rows() * block_units);
+// A block's partial sums, with what blocks that divide k send each other, and the weights that are not in its
+// registers.
+int64_t sums_bytes(const PlanRequest& r, TileShape shape, int divide_k) {
+  const int64_t accumulator = std::max<int64_t>(r.element, 4), pitch = sums_pitch(r.rows() * divide_k * block_units);
+  return accumulator * (block_warps / shape.n_warps) * shape.columns() * pitch +
+         split_inbox_bytes(divide_k, shape.columns());
 }
-int64_t weights_bytes(const PlanRequest& r, TileShape shape) {
+int64_t weights_bytes(const PlanRequest& r, TileShape shape, int divide_k) {
   const int k_warps = block_warps / shape.n_warps, near = resident_fragments(shape.n_tiles);
-  return k_warps * far_fragments(ceil_div(r.K(), k_block(r)), k_warps, near, r.rows(), r.rows()) * fragment_bytes;
+  const int tiles = r.rows() * divide_k;
+  const int64_t k_blocks = ceil_div(ceil_div(r.K(), k_block(r)), divide_k);
+  return k_warps * far_fragments(k_blocks, k_warps, near, tiles, tiles) * fragment_bytes;
 }
 
 // The division among about so many blocks; shared_bytes is 0 where their threads are too few.
@@ -94,23 +98,27 @@ Plan cluster_plan(const PlanRequest& r, const Device& device, bool forced) {
   return plan;
 }
 
-// stepwise, loop or grid.
-Plan tiled_plan(const PlanRequest& r, const Device& device) {
+int64_t blocks_of(const PlanRequest& r, const Plan& plan) { return plan.blocks_x * plan.blocks_y * r.directions; }
+
+// The smallest tile whose blocks all run at the same time, else the largest; so many blocks of a cluster divide k.
+Plan tiles_of(const PlanRequest& r, const Device& device, int divide_k) {
   Plan plan{};
-  plan.blocks_x = ceil_div(std::max(r.H, r.P), block_units);
-  // The smallest tile whose blocks all run at the same time, else the largest.
-  int64_t blocks = 0;
+  plan.blocks_x = ceil_div(ceil_div(std::max(r.H, r.P), block_units), divide_k) * divide_k;
   for (int i = 0; i < int(std::size(tile_shapes)); ++i) {
-    const int64_t sums = sums_bytes(r, tile_shapes[i]);
+    const int64_t sums = sums_bytes(r, tile_shapes[i], divide_k);
     if (i > 0 && (sums > device.shared_bytes || tile_shapes[i - 1].columns() >= r.N)) break;
     plan.shape = i, plan.sums_bytes = sums;
     plan.blocks_y = ceil_div(r.N, tile_shapes[i].columns());
-    blocks = plan.blocks_x * plan.blocks_y * r.directions;
-    if (blocks <= device.processors) break;
+    if (blocks_of(r, plan) <= device.processors) break;
   }
+  plan.weights_bytes = weights_bytes(r, tile_shapes[plan.shape], divide_k);
+  return plan;
+}
 
-  plan.weights_bytes = weights_bytes(r, tile_shapes[plan.shape]);
-  const int64_t shared = plan.sums_bytes + plan.weights_bytes;
+// stepwise, loop or grid.
+Plan tiled_plan(const PlanRequest& r, const Device& device) {
+  Plan plan = tiles_of(r, device, 1);
+  const int64_t shared = plan.sums_bytes + plan.weights_bytes, blocks = blocks_of(r, plan);
   if (blocks > device.processors)
     plan.name = "stepwise", plan.reason = std::to_string(blocks) + " blocks are more than the device's " +
                                           std::to_string(device.processors) + " processors";
@@ -124,20 +132,54 @@ Plan tiled_plan(const PlanRequest& r, const Device& device) {
   return plan;
 }
 
-constexpr const char* names[] = {"", "stepwise", "loop", "grid", "cluster"};
+// The tiles of clusters that divide k. Without those the name stays empty and the reason says why.
+Plan split_plan(const PlanRequest& r, const Device& device) {
+  Plan plan = tiles_of(r, device, split_blocks);
+  const int64_t shared = plan.sums_bytes + plan.weights_bytes, blocks = blocks_of(r, plan);
+  if (!r.backward)
+    plan.reason = "only the backward pass has that much to divide";
+  else if (device.cluster_blocks < split_blocks || !device.splits)
+    plan.reason = device.refused.empty() ? "the device has no clusters" : device.refused;
+  else if (!r.tensor_cores)
+    plan.reason = "only tensor cores' weights stay on the chip";
+  else if (blocks > device.processors || shared > device.shared_bytes)
+    plan.reason = std::to_string(blocks) + " blocks with " + std::to_string(shared) + " bytes each don't fit";
+  else
+    plan.name = "split", plan.reason = "the weights fit on the chip, and the blocks of a cluster divide the sums";
+  return plan;
+}
+
+// What a block of `grid` reads of each step's gate gradients.
+int64_t operand_bytes(const PlanRequest& r, const Plan& grid) {
+  return std::min<int64_t>(r.N, grid.columns()) * r.K() * r.element;
+}
+
+constexpr const char* names[] = {"", "stepwise", "loop", "grid", "split", "cluster"};
 std::atomic<const char*> forced_name{""};  // of names; set while other threads read it
 
 }  // namespace
 
 Plan make_plan(const PlanRequest& r, const Device& device, const std::string& forced) {
+  constexpr int64_t worth_dividing = 128 * 1024;
+  const std::string asked_for = "this plan was asked for";
   Plan plan = tiled_plan(r, device);
-  if (forced == "" || forced == "cluster") {
-    const Plan cluster = cluster_plan(r, device, forced == "cluster");
-    if (cluster.is_cluster()) return cluster;
-    if (cluster.reason != plan.reason) plan.reason = cluster.reason + "; " + plan.reason;
-  } else if (forced == "stepwise" || forced == plan.name || (forced == "loop" && plan.name == "grid")) {
-    plan.name = forced, plan.reason = "this plan was asked for";
+  if (forced == "stepwise" || forced == "loop" || forced == "grid") {
+    if (forced == "stepwise" || forced == plan.name || (forced == "loop" && plan.name == "grid"))
+      plan.name = forced, plan.reason = asked_for;
+    return plan;
   }
+  const Plan split = split_plan(r, device);
+  if (forced == "split") {
+    if (split.is_split())
+      plan = split, plan.reason = asked_for;
+    else
+      plan.reason = split.reason + "; " + plan.reason;
+    return plan;
+  }
+  const Plan cluster = cluster_plan(r, device, forced == "cluster");
+  if (cluster.is_cluster()) return cluster;
+  if (split.is_split() && forced.empty() && operand_bytes(r, plan) >= worth_dividing) plan = split;
+  if (cluster.reason != plan.reason) plan.reason = cluster.reason + "; " + plan.reason;
   return plan;
 }
 
@@ -147,7 +189,7 @@ void force_plan(const std::string& name) {
   const auto known = std::find(std::begin(names), std::end(names), name);
   if (known == std::end(names)) {
     throw std::invalid_argument("plan '" + name +
-                                "' is unknown: expected stepwise, loop, grid, cluster or '' (automatic)");
+                                "' is unknown: expected stepwise, loop, grid, split, cluster or '' (automatic)");
   }
   forced_name = *known;
 }

@@ -30,6 +30,7 @@ struct Device {
   int64_t shared_bytes;                  // shared memory that one block can have
   int cluster_blocks;                    // of the largest cluster; 0 where there are none
   std::map<int, int64_t> clusters = {};  // of so many blocks, that it runs at the same time, where it was asked
+  bool splits = true;                    // the blocks of a plan `split`, as far as is known
   std::string refused = {};              // what it didn't run of a faster plan, in words
 
   // Clusters that it may run at the same time, as far as is known.
@@ -51,8 +52,9 @@ constexpr TileShape tile_shapes[] = {{1, 1}, {2, 1}, {4, 1}, {4, 2}};
 
 struct Plan {
   // stepwise: a launch a step. loop: one launch for all steps, whose blocks wait for each other between steps.
-  // grid: that, and the recurrent weights stay in registers and shared memory. cluster: one launch, the blocks of a
-  // cluster have all weights of a direction and exchange h among themselves.
+  // grid: that, and the recurrent weights stay in registers and shared memory. split: that, and the blocks of a cluster
+  // divide the sums over k. cluster: one launch, the blocks of a cluster have all weights of a direction and exchange h
+  // among themselves.
   std::string name;
   std::string reason;  // why not a faster one
   int shape;           // index in tile_shapes
@@ -63,7 +65,8 @@ struct Plan {
 
   bool is_cluster() const { return name == "cluster"; }
   bool one_launch() const { return name != "stepwise"; }
-  bool resident() const { return name == "grid"; }
+  bool is_split() const { return name == "split"; }
+  bool resident() const { return name == "grid" || is_split(); }
   int units() const { return is_cluster() ? 16 * cluster.groups : 16; }  // of a block
   int columns() const { return is_cluster() ? cluster.columns : tile_shapes[shape].columns(); }
   int64_t shared_bytes() const {
@@ -72,7 +75,7 @@ struct Plan {
 };
 
 // `forced` is a plan's name, or empty: the fastest that the shape allows. A forced plan that it doesn't allow falls
-// back to the next, and `reason` says why.
+// back to the next of cluster or split, grid, loop and stepwise, and `reason` says why.
 __attribute__((visibility("default"))) Plan make_plan(const PlanRequest& request, const Device& device,
                                                       const std::string& forced);
 

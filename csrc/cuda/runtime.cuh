@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/c/shim.h>
 
+#include <array>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -166,21 +167,24 @@ cudaError_t allow(void (*kernel)(Params), const Launch& l) {
   });
 }
 
-inline cudaLaunchConfig_t configuration(const Launch& l, Stream stream, cudaLaunchAttribute& attribute) {
+using Attributes = std::array<cudaLaunchAttribute, 2>;
+inline cudaLaunchConfig_t configuration(const Launch& l, Stream stream, Attributes& attributes) {
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(l.grid.x, l.grid.y, l.grid.z);
   config.blockDim = dim3(unsigned(l.threads));
   config.dynamicSmemBytes = l.shared_bytes;
   config.stream = stream;
-  if (l.cooperative) {
-    attribute.id = cudaLaunchAttributeCooperative;
-    attribute.val.cooperative = 1;
-  } else if (l.cluster) {
+  config.attrs = attributes.data();
+  if (l.cluster) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
     attribute.id = cudaLaunchAttributeClusterDimension;
     attribute.val.clusterDim = {unsigned(l.cluster), 1, 1};
   }
-  config.attrs = &attribute;
-  config.numAttrs = l.cooperative || l.cluster ? 1 : 0;
+  if (l.cooperative) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeCooperative;
+    attribute.val.cooperative = 1;
+  }
   return config;
 }
 
@@ -204,8 +208,8 @@ int64_t resident_clusters(void (*kernel)(Params), const Launch& l) {
     cudaFuncAttributes attributes{};
     check(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes");
     if (attributes.ptxVersion < 90) return 0;
-    cudaLaunchAttribute attribute{};
-    const cudaLaunchConfig_t config = configuration(l, nullptr, attribute);
+    Attributes of_config{};
+    const cudaLaunchConfig_t config = configuration(l, nullptr, of_config);
     int clusters = 0;
     if (allow(kernel, l) == cudaSuccess && cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) == cudaSuccess)
       return clusters;
@@ -217,8 +221,8 @@ int64_t resident_clusters(void (*kernel)(Params), const Launch& l) {
 template <class Params>
 void launch(void (*kernel)(Params), const Launch& l, Stream stream, Params p) {
   check(allow(kernel, l), "cudaFuncSetAttribute");
-  cudaLaunchAttribute attribute{};
-  const cudaLaunchConfig_t config = configuration(l, stream, attribute);
+  Attributes attributes{};
+  const cudaLaunchConfig_t config = configuration(l, stream, attributes);
   void* arguments[] = {&p};
   check(cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), arguments), "launch");
 }

@@ -133,6 +133,21 @@ struct Tile {
     for (int w = 0; w < k_warps; ++w) total += sums[(w * columns + n) * pitch + m];
     return total;
   }
+  // Of float, for rows m .. m + 3.
+  FUSEDRNN_DEVICE static Vector sum_of_4(const float* sums, int m, int n) {
+    float total[4] = {};
+#pragma unroll
+    for (int w = 0; w < k_warps; ++w) {
+      const Vector part = load(sums + (w * columns + n) * pitch + m);
+      float of[4];
+      std::memcpy(of, &part, sizeof(of));
+#pragma unroll
+      for (int i = 0; i < 4; ++i) total[i] += of[i];
+    }
+    Vector v;
+    std::memcpy(&v, total, sizeof(v));
+    return v;
+  }
 
  private:
   // A warp's blocks of k are those that leave the remainder k_warp() when divided by k_warps.

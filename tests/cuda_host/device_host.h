@@ -56,7 +56,7 @@ inline void wait_for(const uint32_t* counter, uint32_t target) {
 constexpr bool has_clusters = true;
 
 inline void sync_cluster() {
-  host::Together& cluster = *host::self().block->together;
+  host::Cluster& cluster = *host::self().block->cluster;
   host::meet(cluster.barrier, int(cluster.blocks.size()) * block_threads());
 }
 
@@ -82,9 +82,11 @@ inline void wait_for(const Mailbox* mailbox, uint32_t message) {
 
 template <class T>
 void send_value(const T& value, void* to, const Mailbox* mailbox, int block) {
-  if (host::self().block->together->blocks.size() < 2) host::fail("a block sends, and is alone in its cluster");
+  const std::span<host::Block> blocks = host::self().block->cluster->blocks;
+  if (blocks.size() < 2) host::fail("a block sends, and is alone in its cluster");
+  if (block < 0 || size_t(block) >= blocks.size()) host::fail("no block of the cluster");
   const unsigned char* mine = host::self().block->shared;
-  unsigned char* others = host::self().block->together->blocks.at(size_t(block)).shared;
+  unsigned char* others = blocks[size_t(block)].shared;
   auto* target = others + (static_cast<unsigned char*>(to) - mine);
   auto* counter = reinterpret_cast<Mailbox*>(others + (reinterpret_cast<const unsigned char*>(mailbox) - mine));
   if (reinterpret_cast<uintptr_t>(target) % sizeof(T)) host::fail("what is sent is not aligned");
@@ -266,9 +268,8 @@ void launch(void (*kernel)(Params), const Launch& l, Stream, const Params& p) {
   if (l.cooperative && l.grid.blocks() > host::free_processors())
     throw std::runtime_error("too many cooperative blocks");
   if (l.cluster && l.grid.x % unsigned(l.cluster)) throw std::runtime_error("the grid is no number of clusters");
-  const size_t together = l.cooperative ? size_t(l.grid.blocks()) : size_t(std::max(l.cluster, 1));
   const host::PtxKernel* ptx = host::find_ptx(reinterpret_cast<const void*>(kernel));
-  host::run({l.grid.x, l.grid.y, l.grid.z}, l.threads, l.shared_bytes, together,
+  host::run({l.grid.x, l.grid.y, l.grid.z}, l.threads, l.shared_bytes, size_t(std::max(l.cluster, 1)), l.cooperative,
             [&] { ptx ? host::run_ptx(*ptx, &p) : kernel(p); });
 }
 

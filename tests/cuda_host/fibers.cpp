@@ -159,14 +159,16 @@ Running* next_fiber() {
   return static_cast<Running*>(fiber);
 }
 
-void run_together(Together& together) {
-  std::vector<Block>& blocks = together.blocks;
+// So many neighbouring ones are a cluster.
+void run_together(std::vector<Block>& blocks, size_t cluster) {
+  std::vector<Cluster> clusters(blocks.size() / cluster);
+  for (size_t i = 0; i < clusters.size(); ++i) clusters[i].blocks = {&blocks[i * cluster], cluster};
   std::vector<std::unique_ptr<unsigned char[]>> shared;
   std::vector<Running> fibers(blocks.size() * size_t(blocks[0].threads));
   size_t i = 0;
   for (Block& block : blocks) {
     shared.push_back(std::make_unique<unsigned char[]>(block.shared_bytes));
-    block.shared = shared.back().get(), block.together = &together;
+    block.shared = shared.back().get(), block.cluster = &clusters[(shared.size() - 1) / cluster];
     scheduler.races.begin(block);
     std::memset(block.shared, 0xff, block.shared_bytes);  // NaN, until somebody writes
     block.warps.resize(size_t(block.threads + 31) / 32);
@@ -228,20 +230,21 @@ Races& races() { return scheduler.races; }
 
 void post(std::function<void()> delivery) { scheduler.posted.push_back(std::move(delivery)); }
 
-void run(Index3 grid, int threads, size_t shared_bytes, size_t together, const std::function<void()>& kernel) {
+void run(Index3 grid, int threads, size_t shared_bytes, size_t cluster, bool together,
+         const std::function<void()>& kernel) {
   const std::lock_guard lock(scheduler.one_launch);
   scheduler.kernel = &kernel;
-  std::vector<Together> sets;
+  std::vector<std::vector<Block>> sets;
   for (unsigned z = 0; z < grid.z; ++z) {
     for (unsigned y = 0; y < grid.y; ++y) {
       for (unsigned x = 0; x < grid.x; ++x) {
-        if (sets.empty() || sets.back().blocks.size() == together) sets.emplace_back();
-        sets.back().blocks.push_back({{x, y, z}, grid, threads, nullptr, shared_bytes, {}, {}, nullptr, 0, 0, {}, {}});
+        if (sets.empty() || (!together && sets.back().size() == cluster)) sets.emplace_back();
+        sets.back().push_back({{x, y, z}, grid, threads, nullptr, shared_bytes, {}, {}, nullptr, 0, 0, {}, {}});
       }
     }
   }
   std::shuffle(sets.begin(), sets.end(), scheduler.random);
-  for (Together& set : sets) run_together(set);
+  for (std::vector<Block>& set : sets) run_together(set, cluster);
   scheduler.races.forget();
 }
 

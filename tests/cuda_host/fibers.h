@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <span>
 #include <vector>
 
 namespace fusedrnn::cuda::host {
@@ -38,7 +39,7 @@ struct Warp {
   alignas(16) unsigned char operands[32 * 24];
 };
 
-struct Together;
+struct Cluster;
 
 struct Block {
   Index3 index, grid;
@@ -47,16 +48,16 @@ struct Block {
   size_t shared_bytes;
   FiberBarrier barrier;
   std::vector<Warp> warps;
-  Together* together;
+  Cluster* cluster;
   // Of what happens in it, and of what is over for all of its threads, or for some since their last barrier.
   int actor;
   uint32_t interval = 0;
   Clock known, acquired;
 };
 
-// Blocks that run at the same time: a cluster, or the whole grid.
-struct Together {
-  std::vector<Block> blocks;
+// Blocks that reach each other's shared memory, and run at the same time.
+struct Cluster {
+  std::span<Block> blocks;
   FiberBarrier barrier;
 };
 
@@ -83,8 +84,10 @@ void progress();
 // Does something later, at any time.
 void post(std::function<void()> delivery);
 
-// Runs the kernel for every thread of the grid: so many neighbouring blocks together, the sets one after another.
-void run(Index3 grid, int threads, size_t shared_bytes, size_t together, const std::function<void()>& kernel);
+// Runs the kernel for every thread of the grid. So many neighbouring blocks are a cluster; the clusters run one after
+// another, or all at the same time.
+void run(Index3 grid, int threads, size_t shared_bytes, size_t cluster, bool together,
+         const std::function<void()>& kernel);
 
 // What of a launch may be read and written in the wrong order.
 Races& races();

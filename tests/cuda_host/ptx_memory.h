@@ -77,12 +77,12 @@ struct Thread {
 
 // Where a block's shared memory begins in the cluster's window, by its rank.
 constexpr uint32_t shared_bits = 24, shared_start = 1024;
-inline int rank_of(const Block& block) { return int(&block - block.together->blocks.data()); }
+inline int rank_of(const Block& block) { return int(&block - block.cluster->blocks.data()); }
 inline uint32_t shared_base(int rank) { return uint32_t(rank + 1) << shared_bits | shared_start; }
 
 inline unsigned char* in_shared(Thread& t, const Instruction& i, uint32_t address, size_t bytes, bool of_others) {
   const int rank = int(address >> shared_bits) - 1;
-  auto& blocks = t.block().together->blocks;
+  const std::span<Block> blocks = t.block().cluster->blocks;
   if (rank < 0 || rank >= int(blocks.size())) fail_at(i.text, "no block of the cluster has this shared memory");
   if (!of_others && rank != rank_of(t.block())) fail_at(i.text, "shared memory of another block");
   const int64_t offset = int64_t(address) - shared_base(rank);
@@ -158,7 +158,7 @@ inline void sync_block(Thread& t, const Instruction&) {
   meet(t.block().barrier, t.block().threads, [&] { races().block_met(t.block()); });
 }
 inline void sync_cluster(Thread& t, const Instruction&) {
-  Together& cluster = *t.block().together;
+  Cluster& cluster = *t.block().cluster;
   meet(cluster.barrier, int(cluster.blocks.size()) * t.block().threads, [&] { races().cluster_met(cluster); });
 }
 
@@ -202,7 +202,7 @@ inline void mbarrier_try_wait(Thread& t, const Instruction& i) {
 }
 
 inline void store_async(Thread& t, const Instruction& i) {
-  if (t.block().together->blocks.size() < 2) fail_at(i.text, "a block sends, and is alone in its cluster");
+  if (t.block().cluster->blocks.size() < 2) fail_at(i.text, "a block sends, and is alone in its cluster");
   std::array<unsigned char, 16> value;
   for (int e = 0; e < i.count; ++e) {
     const auto bits = t.get<uint32_t>(i.at[size_t(1 + e)]);
@@ -223,7 +223,7 @@ inline void store_async(Thread& t, const Instruction& i) {
 
 inline void map_address(Thread& t, const Instruction& i) {
   const auto address = t.get<uint32_t>(i.at[1]), rank = t.get<uint32_t>(i.at[2]);
-  if (rank >= t.block().together->blocks.size()) fail_at(i.text, "no block of the cluster");
+  if (rank >= t.block().cluster->blocks.size()) fail_at(i.text, "no block of the cluster");
   t.set(i.at[0], uint32_t(address - shared_base(rank_of(t.block())) + shared_base(int(rank))));
 }
 

@@ -73,19 +73,17 @@ void Races::write(void* to, const void* value, size_t bytes, std::string_view wh
   write(view, view.now, to, value, bytes, what);
 }
 
-// What is there already may be written again at any time.
+// What is there already may be written again at any time, also while others read it.
 void Races::write(const View& view, const Moment& as, void* to, const void* value, size_t bytes,
                   std::string_view what) {
   const auto is_over = [&](const Moment& moment) { return view.is_over(moment); };
   const bool changes = std::memcmp(to, value, bytes) != 0;
   each_place(to, bytes, [&](Place& place) {
-    if (!all_of(place.reads, is_over)) race(what, "a read");
-    if (all_of(place.writes, is_over))
-      place.writes.clear();
-    else if (changes)
-      race(what, "another write");
+    const bool after_reads = all_of(place.reads, is_over), after_writes = all_of(place.writes, is_over);
+    if (changes && !after_reads) race(what, "a read");
+    if (changes && !after_writes) race(what, "another write");
+    if (after_reads && after_writes) place.reads.clear(), place.writes.clear();
     place.writes.push_back(as);
-    place.reads.clear();
   });
   std::memcpy(to, value, bytes);
 }
@@ -127,7 +125,7 @@ void Races::block_met(Block& block) {
   block.known.learn(block.acquired);
   block.known.learn(block.actor, ++block.interval);
 }
-void Races::cluster_met(Together& cluster) {
+void Races::cluster_met(Cluster& cluster) {
   Clock all;
   for (Block& block : cluster.blocks) {
     block_met(block);

@@ -44,7 +44,7 @@ class Races {
   void begin(Block& block);
   // By the last that comes.
   void block_met(Block& block);
-  void cluster_met(Together& cluster);
+  void cluster_met(Cluster& cluster);
 
   // Shared memory ends with its block; all else with the launch.
   void forget(const Block& block);
@@ -53,7 +53,7 @@ class Races {
  private:
   struct Place {
     std::vector<Moment> writes;  // the last one, and others of the same value
-    std::vector<Moment> reads;   // since then, the last of each actor
+    std::vector<Moment> reads;   // of that value, the last of each actor
   };
   struct MailboxFacts {
     int actor;
