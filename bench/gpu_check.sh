@@ -4,6 +4,7 @@
 #                              compute-sanitizer, times the grid against cuDNN; a plan that crashes or hangs in the
 #                              trial is left out
 #   bench/gpu_check.sh peers   only times torch.nn in the grid, with cuDNN and without: nothing is built
+#   bench/gpu_check.sh variants [TEXT...]   times what bench/gpu_variants.py builds in several ways
 # Everything goes to one folder ($OUT, else build/gpu_check), the stages' logs in logs.tar.gz. A stage that fails or runs
 # out of time leaves its log and what it had, and the others go on. The last lines say what became of each; the exit
 # status is 1 if one failed.
@@ -107,6 +108,11 @@ export PYTHONUNBUFFERED=1 PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 
 if [[ ${1:-} == peers ]]; then
   times "$(at_most 300 15)" --peers-only
+  finish
+fi
+if [[ ${1:-} == variants ]]; then
+  stage variants "$(at_most 520 5)" "$PYTHON" -m bench.gpu_variants --out "$OUT/variants.json" "${@:2}"
+  cat "$OUT/variants.log"
   finish
 fi
 if ! stage build "$(at_most 240 250)" "$PYTHON" setup.py -q build_ext --inplace; then

@@ -162,6 +162,42 @@ def test_results_are_never_overwritten(bench, tmp_path):
         folder.mkdir()
 
 
+def test_variants_for_a_gpu(bench, device, capsys, monkeypatch):
+    """Their changes fit the sources; what a package computes is timed if it is right."""
+    variants = bench("gpu_variants")
+    for variant in variants.VARIANTS:
+        assert variant.edits or variant.plan
+        for file, old, new in variant.edits:
+            assert (variants.ROOT / file).read_text().count(old) == 1 and old != new, variant.name
+        for text in variant.cases:
+            assert [str(case.shape) for case in variants.parse(text)] == [text.split("/")[2]] * 2
+    variants.turn(["GRU/float32/2x3x4"], str(device))
+    lines = list(map(json.loads, capsys.readouterr().out.splitlines()))
+    assert [key for key, _ in lines] == ["inference/GRU/float32/2x3x4", "training/GRU/float32/2x3x4"]
+    assert all(len(samples) == variants.SAMPLES and min(samples) > 0 for _, samples in lines)
+    monkeypatch.setattr(variants.gate, "error", lambda *_: float("nan"))
+    variants.turn(["GRU/float32/2x3x4"], str(device))
+    assert "Infinity" in capsys.readouterr().out
+
+    built = []
+
+    def build(variant, folder):
+        built.append(variant)
+        return "no compiler" if "128 steps" in variant.name else ""
+
+    def take_turn(variant, folder, texts):
+        each = 2.0 if variant.name == variants.AS_IT_IS else 1.0
+        return {case.key: [each] for text in texts for case in variants.parse(text) if case.training}
+
+    monkeypatch.setattr(variants, "build", build)
+    monkeypatch.setattr(variants, "take_turn", take_turn)
+    assert variants.main(["chunks", "grid instead"]) == 1
+    assert len(built) == 3  # a plan needs no build of its own
+    out = capsys.readouterr().out
+    assert "2 us ->        1 us (2.00)" in out and "wrong, or failed" in out
+    assert "chunks of 128 steps was not built: no compiler" in out
+
+
 def test_small_layers(bench, device, capsys, monkeypatch):
     """What is tried on a GPU first: right everywhere, and wrong where a kernel is."""
     small = bench("gpu_small")
