@@ -1,11 +1,11 @@
 """What the constants of the CUDA kernels are worth on a GPU: the package built in several ways, timed in turns.
 
-    python -m bench.gpu_variants [--rounds N] [--out FILE] [TEXT...]
+    python -m bench.gpu_variants [--limit SECONDS] [--out FILE] [TEXT...]
 
 With TEXT only variants with one of these texts in their name. A variant is a copy of the package with a change to its
-source, or runs by another plan; all are built at the same time. The table has microseconds of a call, the median over
-rounds in which every variant has its turn, in a process of its own, and in brackets how many times as fast as the
-package as it is; "wrong" where a result is not torch.nn's. --out writes all samples as JSON.
+source, or runs by another plan. The table has microseconds of a call, the median over rounds in which every variant has
+its turn, in a process of its own, in brackets how many times as fast as the package as it is, and by which plans they
+ran; "wrong" where a result is not torch.nn's. No turn begins after the limit. --out has all samples, as JSON.
 """
 
 from __future__ import annotations
@@ -19,28 +19,35 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 
-from . import gate, timing, workload
+import fusedrnn
+
+from . import gate, plans, timing, workload
 from .cases import Case, Shape
 from .implementations import torch_like
 
 ROOT = Path(__file__).resolve().parent.parent
-SAMPLES = 20  # of a case in a turn
-TURN_S = 90  # then it hangs
+SAMPLES = 15  # of a case in a turn
+HANGS_S = 30  # a turn, and so much more for each case
 WRONG = math.inf
+MOST_ROUNDS = 3
+
+
+Edits = tuple[tuple[str, str, str], ...]  # (file, old text, new text)
 
 
 @dataclass(frozen=True)
 class Variant:
     name: str
     cases: tuple[str, ...]  # CELL/DTYPE/SHAPE, inference and training
-    edits: tuple[tuple[str, str, str], ...] = ()  # (file, old text, new text)
+    edits: Edits = ()
     plan: str = ""
 
 
@@ -56,7 +63,7 @@ LEAST_COLUMNS, WORTH_DIVIDING = "least_columns = {};", "worth_dividing = {};"
 AHEAD, CHUNK = "n_tiles == 1 ? 8 : n_tiles == 2 ? 4 : {}>", "CHUNK = {} "
 
 
-def edited(file: str, text: str, old: object, new: object) -> tuple[tuple[str, str, str], ...]:
+def edited(file: str, text: str, old: object, new: object) -> Edits:
     return ((file, text.format(old), text.format(new)),)
 
 
@@ -90,20 +97,49 @@ def microseconds(case: Case, device: str) -> list[float]:
         return [timing.sample(runner.call, 1, 1, device) / 1e3 for _ in range(SAMPLES)]
 
 
+def plan_of(case: Case, device: str) -> str:
+    if torch.device(device).type != "cuda":
+        return ""
+    args, options = workload.arguments(case)
+    module = getattr(fusedrnn, case.cell)(*args, **options, device=device, dtype=getattr(torch, case.dtype))
+    return plans.words(plans.passes("fusedrnn", module, (case.shape.t, case.shape.n, case.shape.h))[case.training])
+
+
 def turn(texts: Iterable[str], device: str) -> None:
-    """Prints a line of JSON, [key, samples], for each case."""
+    """Prints a line of JSON, [key, plan, samples], for each case."""
     for case in (case for text in texts for case in parse(text)):
-        print(json.dumps([case.key, microseconds(case, device)]), flush=True)
+        print(json.dumps([case.key, plan_of(case, device), microseconds(case, device)]), flush=True)
 
 
-def build(variant: Variant, folder: Path) -> str:
-    """The variant's package in `folder`; returns what went wrong."""
-    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".*", "build", "results", "lib", "*.so"))
-    for file, old, new in variant.edits:
-        text = (folder / file).read_text()
-        if text.count(old) != 1:
-            return f"{old!r} is {text.count(old)} times in {file}"
-        (folder / file).write_text(text.replace(old, new))
+@dataclass
+class Results:
+    """By variant and case: samples, and plans."""
+
+    samples: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    plans: dict[str, dict[str, str]] = field(default_factory=dict)
+
+    def add(self, variant: str, line: str) -> None:
+        key, plan, taken = json.loads(line)
+        self.samples.setdefault(variant, {}).setdefault(key, []).extend(taken)
+        self.plans.setdefault(variant, {})[key] = plan
+
+    def median(self, variant: str, key: str) -> float:
+        return statistics.median(self.samples.get(variant, {}).get(key) or [WRONG])
+
+    def table(self, variants: Iterable[Variant]) -> str:
+        lines = []
+        for variant in variants:
+            lines.append(f"{variant.name}:")
+            for case in (case for text in variant.cases for case in parse(text)):
+                own, base = self.median(variant.name, case.key), self.median(AS_IT_IS, case.key)
+                words = f"{own:9.0f} us ({base / own:.2f})" if own != WRONG else "    wrong, or failed"
+                ways = [self.plans.get(name, {}).get(case.key, "") for name in (AS_IT_IS, variant.name)]
+                lines.append(f"  {case.key:<42}{base:9.0f} us ->{words}   {' -> '.join(dict.fromkeys(ways))}")
+        return "\n".join(lines)
+
+
+def ninja(folder: Path) -> str:
+    """Builds the package there; returns what went wrong."""
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
     environment = {"FUSEDRNN_CUDA": "1", **os.environ}
     done = subprocess.run(
@@ -112,59 +148,69 @@ def build(variant: Variant, folder: Path) -> str:
     return done.stdout[-2000:] if done.returncode else ""
 
 
-def take_turn(variant: Variant, folder: Path, texts: Iterable[str]) -> dict[str, list[float]]:
-    code = f"from bench import gpu_variants as g; import fusedrnn as f\nwith f.use_plan({variant.plan!r}): "
+def build(variant: Variant, base: Path, folder: Path) -> str:
+    """A copy of what is built in `base`, with the variant's changes; returns what went wrong."""
+    shutil.copytree(base, folder)
+    for file, old, new in variant.edits:
+        text = (folder / file).read_text()
+        if text.count(old) != 1:
+            return f"{old!r} is {text.count(old)} times in {file}"
+        (folder / file).write_text(text.replace(old, new))
+    return ninja(folder)
+
+
+def take_turn(variant: Variant, folder: Path, texts: Sequence[str]) -> list[str]:
+    code = f"from bench import gpu_variants as g\nwith g.fusedrnn.use_plan({variant.plan!r}): "
     code += f"g.turn({list(texts)!r}, 'cuda')"
-    environment = {**os.environ, "PYTHONPATH": str(folder)}
-    command = ["timeout", str(TURN_S), sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=folder, env=environment, text=True, stdout=subprocess.PIPE)
-    return dict(map(json.loads, done.stdout.splitlines()))
-
-
-def table(samples: dict[str, dict[str, list[float]]], variants: Iterable[Variant]) -> str:
-    """Lines "variant: case: time (ratio)"."""
-
-    def median(name: str, key: str) -> float:
-        return statistics.median(samples[name].get(key) or [WRONG])
-
-    lines = []
-    for variant in variants:
-        for case in (case for text in variant.cases for case in parse(text)):
-            own, base = median(variant.name, case.key), median(AS_IT_IS, case.key)
-            words = f"{own:9.0f} us ({base / own:.2f})" if own != WRONG else "    wrong, or failed"
-            lines.append(f"{variant.name:<40}{case.key:<42}{base:9.0f} us ->{words}")
-    return "\n".join(lines)
+    path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": path},
+        text=True,
+        stdout=subprocess.PIPE,
+    )
+    try:
+        out, _ = process.communicate(timeout=HANGS_S * (1 + len(texts)))
+    except subprocess.TimeoutExpired:
+        process.kill()
+        out, _ = process.communicate()
+        print(f"{variant.name}: hangs", flush=True)
+    return [line for line in out.splitlines() if line.startswith("[")]
 
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_variants")
     parser.add_argument("texts", nargs="*", metavar="TEXT")
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--limit", type=float, default=420)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args(arguments)
+    end = time.monotonic() + options.limit
     wanted = [v for v in VARIANTS if not options.texts or any(text in v.name for text in options.texts)]
     every_case = tuple(dict.fromkeys(text for v in wanted for text in v.cases))
-    all_variants = [Variant(AS_IT_IS, every_case), *wanted]
-    samples: dict[str, dict[str, list[float]]] = {v.name: {} for v in all_variants}
+    as_it_is = Variant(AS_IT_IS, every_case)
+    results = Results()
     with tempfile.TemporaryDirectory() as temporary:
-        folders = {v.edits: Path(temporary) / str(i) for i, v in enumerate(all_variants)}  # one for all without edits
-        builds = {v.edits: v for v in all_variants}
-        with ThreadPoolExecutor(len(folders)) as pool:
-            failed = dict(
-                zip(folders, pool.map(lambda edits: build(builds[edits], folders[edits]), folders), strict=True)
-            )
-        for i in range(options.rounds):
-            for variant in all_variants[:: -1 if i % 2 else 1]:
-                if failed[variant.edits]:
-                    continue
-                for key, taken in take_turn(variant, folders[variant.edits], variant.cases).items():
-                    samples[variant.name].setdefault(key, []).extend(taken)
-    if options.out:
-        options.out.write_text(json.dumps(samples))
-    print(table(samples, wanted))
-    for variant in all_variants:
-        if failed[variant.edits]:
-            print(f"{variant.name} was not built: {failed[variant.edits]}")
+        folders: dict[Edits, Path] = {(): Path(temporary) / "0"}  # plans need no build of their own
+        shutil.copytree(ROOT, folders[()], ignore=shutil.ignore_patterns(".git", ".venv", "results", "cuda_host*"))
+        failed: dict[Edits, str] = {(): ninja(folders[()])}
+        changed = {} if failed[()] else {v.edits: v for v in wanted if v.edits}
+        folders |= {edits: Path(temporary) / str(1 + i) for i, edits in enumerate(changed)}
+        with ThreadPoolExecutor(8) as pool:
+            builds = pool.map(lambda edits: build(changed[edits], folders[()], folders[edits]), changed)
+            failed |= dict(zip(changed, builds, strict=True))
+        turns = [v for v in (as_it_is, *wanted) if not failed.get(v.edits, "nothing was built")]
+        for variant in turns * MOST_ROUNDS:
+            if time.monotonic() > end:
+                break
+            for line in take_turn(variant, folders[variant.edits], variant.cases):
+                results.add(variant.name, line)
+            if options.out:
+                options.out.write_text(json.dumps(asdict(results)))
+    print(results.table(wanted))
+    for variant in (as_it_is, *wanted):
+        if message := failed.get(variant.edits):
+            print(f"{variant.name} was not built: {message}")
     return int(any(failed.values()))
 
 

@@ -173,28 +173,30 @@ def test_variants_for_a_gpu(bench, device, capsys, monkeypatch):
             assert [str(case.shape) for case in variants.parse(text)] == [text.split("/")[2]] * 2
     variants.turn(["GRU/float32/2x3x4"], str(device))
     lines = list(map(json.loads, capsys.readouterr().out.splitlines()))
-    assert [key for key, _ in lines] == ["inference/GRU/float32/2x3x4", "training/GRU/float32/2x3x4"]
-    assert all(len(samples) == variants.SAMPLES and min(samples) > 0 for _, samples in lines)
+    assert [key for key, _, _ in lines] == ["inference/GRU/float32/2x3x4", "training/GRU/float32/2x3x4"]
+    assert all(len(samples) == variants.SAMPLES and min(samples) > 0 for _, _, samples in lines)
     monkeypatch.setattr(variants.gate, "error", lambda *_: float("nan"))
     variants.turn(["GRU/float32/2x3x4"], str(device))
     assert "Infinity" in capsys.readouterr().out
 
     built = []
 
-    def build(variant, folder):
+    def build(variant, base, folder):
         built.append(variant)
         return "no compiler" if "128 steps" in variant.name else ""
 
     def take_turn(variant, folder, texts):
         each = 2.0 if variant.name == variants.AS_IT_IS else 1.0
-        return {case.key: [each] for text in texts for case in variants.parse(text) if case.training}
+        cases = [case for text in texts for case in variants.parse(text) if case.training]
+        return [json.dumps([case.key, variant.plan, [each]]) for case in cases]
 
+    monkeypatch.setattr(variants, "ninja", lambda folder: "")
     monkeypatch.setattr(variants, "build", build)
     monkeypatch.setattr(variants, "take_turn", take_turn)
     assert variants.main(["chunks", "grid instead"]) == 1
-    assert len(built) == 3  # a plan needs no build of its own
+    assert len(built) == 2  # a plan needs no build of its own
     out = capsys.readouterr().out
-    assert "2 us ->        1 us (2.00)" in out and "wrong, or failed" in out
+    assert "2 us ->        1 us (2.00)    -> grid" in out and "wrong, or failed" in out
     assert "chunks of 128 steps was not built: no compiler" in out
 
 

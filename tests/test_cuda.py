@@ -84,10 +84,13 @@ def test_blocks_divide_k_where_a_step_has_many_gradients():
     assert plan(16, 1024, backward=True)["name"] == "grid"
     with fusedrnn.use_plan("split"):
         assert plan(16, 1024, backward=True)["name"] == "split"
+        assert plan(16, 2048, backward=True, directions=2)["name"] == "stepwise"
+        found = plan(8, 1041, backward=True, directions=2)  # 34 clusters of 4 are too many
+        assert (found["name"], found["blocks"]) == ("split", (66, 1, 2))
         for options, reason in (
             ({"backward": False}, "only the backward pass"),
             ({"device": NO_CLUSTERS}, "no clusters"),
-            ({"H": 1041, "directions": 2}, "136 blocks"),  # 132, if they weren't of clusters
+            ({"N": 64, "H": 2048}, "don't fit on the chip"),
             ({"element": 4, "tensor_cores": False}, "only tensor cores"),
         ):
             found = plan(**{"N": 8, "H": 1024, "backward": True, **options})
@@ -271,9 +274,9 @@ def host_device(request):
     configure(0, 12, 0)
 
 
-def device_plan(backward=False, name="lstm", dtype=torch.bfloat16, N=16, H=40, layers=1):
+def device_plan(backward=False, name="lstm", dtype=torch.bfloat16, N=16, H=40, layers=1, directions=1):
     op = getattr(getattr(torch.ops, helpers.NAMESPACE), f"{name}_plan")
-    facts = {"T": 100, "N": N, "H": H, "P": H, "directions": 1, "projected": False}
+    facts = {"T": 100, "N": N, "H": H, "P": H, "directions": directions, "projected": False}
     return explanation._device_plan(op, torch.empty(0, dtype=dtype), facts, False, layers, backward)
 
 
@@ -302,15 +305,37 @@ def test_why_a_device_refuses(backward, host_device):
         assert device_plan(backward)["name"] == "stepwise"
 
 
-def test_why_a_device_does_not_divide(host_device):
+def test_a_device_divides_as_it_has_room(host_device):
+    refused = "the device has room for {} of {} clusters of {} blocks at the same time; "
     with fusedrnn.use_plan("split"):
-        found = device_plan(backward=True)
-        assert (found["name"], found["blocks"]) == ("split", (4, 2, 1))
+        found = device_plan(backward=True, N=32)
+        assert (found["name"], found["blocks"], found["columns"]) == ("split", (4, 2, 1), 16)
         host_device(busy=5)
-        found = device_plan(backward=True)
-    assert (found["name"], found["blocks"]) == ("grid", (3, 2, 1))
-    refused = "the device has room for 1 of 2 clusters of 4 blocks at the same time; "
-    assert found["reason"] == refused + "the weights fit on the chip"
+        found = device_plan(backward=True, N=32)  # in larger tiles
+        assert (found["name"], found["blocks"], found["columns"]) == ("split", (4, 1, 1), 32)
+        assert found["reason"] == refused.format(1, 2, 4) + "this plan was asked for"
+        host_device(busy=9)
+        found = device_plan(backward=True, H=20)
+        assert (found["name"], found["blocks"]) == ("split", (2, 1, 1))
+        assert found["reason"] == refused.format(0, 1, 4) + "this plan was asked for"
+        host_device(busy=11)
+        found = device_plan(backward=True, H=20)
+    assert found["name"] == "stepwise"
+    assert refused.format(0, 1, 4) + refused.format(0, 1, 2) in found["reason"]
+
+
+@pytest.mark.parametrize("name", ["lstm", "gru"])
+def test_two_blocks_divide_k(name, host_device):
+    case = variant(name, T=5, N=20, I=6, H=20, directions=2, dtype=torch.bfloat16)
+    inputs, gradients = make_inputs(case), make_gradients(case)
+    with fusedrnn.use_plan("grid"):
+        expected = ours(case, inputs, gradients)
+    host_device(busy=6)
+    with fusedrnn.use_plan("split"):
+        assert device_plan(backward=True, name=name, N=20, H=20, directions=2)["blocks"] == (2, 1, 2)
+        found = ours(case, inputs, gradients)
+    for what, value in expected.items():
+        assert relative_error(found[what], value) <= FLOORS[torch.bfloat16], what
 
 
 def test_more_batch_entries_than_a_launch_takes(host_device):

@@ -50,8 +50,8 @@ constexpr int partial_place(int m, int column) {
 constexpr int sums_pitch(int rows) { return rows + 4; }
 constexpr int sums_apart = 4;
 
-// What the blocks of a cluster that divide k among them have of each other's sums (stepwise.cuh), behind two mailboxes.
-constexpr int split_blocks = 4, mailboxes_bytes = 32;
+// Where so many blocks of a cluster divide k (stepwise.cuh): two mailboxes, and twice the sums that a block is sent.
+constexpr int mailboxes_bytes = 32;
 constexpr int split_inbox_bytes(int divide_k, int columns) {
   return divide_k > 1 ? mailboxes_bytes + 2 * divide_k * columns * sums_pitch(16) * int(sizeof(float)) : 0;
 }

@@ -106,7 +106,7 @@ FUSEDRNN_DEVICE void wait_for(const uint32_t* counter, uint32_t target) {
   } while (int32_t(value - target) < 0);
 }
 
-// ---- the blocks of a cluster: all those along the grid's x ---------------------------------------------------------
+// ---- the blocks of a cluster: neighbours along the grid's x --------------------------------------------------------
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 constexpr bool has_clusters = true;

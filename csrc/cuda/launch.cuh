@@ -16,7 +16,7 @@ template <class Params>
 struct Kernels {
   using Kernel = void (*)(Params);
   Kernel cluster, cluster_of_many;  // the second is for warps of many_tiles
-  std::array<Kernel, 4> split, resident, tiled;
+  std::array<Kernel, 4> split_in_4, split_in_2, resident, tiled;
 };
 
 inline Grid grid_of(const Plan& plan, const PlanRequest& request) {
@@ -28,7 +28,7 @@ inline Launch cluster_launch(const Plan& plan, const PlanRequest& request) {
 }
 inline Launch tiled_launch(const Plan& plan, const PlanRequest& request) {
   return {grid_of(plan, request), block_size, size_t(plan.shared_bytes()), plan.one_launch(),
-          plan.is_split() ? split_blocks : 0};
+          plan.is_split() ? plan.divide_k : 0};
 }
 template <class Params>
 auto cluster_kernel(const Kernels<Params>& kernels, const Plan& plan) {
@@ -36,7 +36,8 @@ auto cluster_kernel(const Kernels<Params>& kernels, const Plan& plan) {
 }
 template <class Params>
 auto tiled_kernel(const Kernels<Params>& kernels, const Plan& plan) {
-  return (plan.is_split() ? kernels.split : plan.resident() ? kernels.resident : kernels.tiled)[plan.shape];
+  if (plan.is_split()) return (plan.divide_k == most_split ? kernels.split_in_4 : kernels.split_in_2)[plan.shape];
+  return (plan.resident() ? kernels.resident : kernels.tiled)[plan.shape];
 }
 
 // Steps first .. last - 1 (backward from the last to the first): in one launch, or in a launch a step, two with a
@@ -68,7 +69,8 @@ inline std::string refusal(int64_t most, int64_t wanted, const std::string& of) 
          " at the same time";
 }
 
-// A plan that the device can run: what waits for each other at the same time, and all clusters, unless they are forced.
+// A plan that the device can run: what waits for each other at the same time, and all clusters of the plan `cluster`,
+// unless it is forced.
 template <class Params>
 Plan find_plan(const Kernels<Params>& kernels, PlanRequest request, int layers) {
   return widest_plan(layers, [&](int together) {
@@ -92,11 +94,11 @@ Plan find_plan(const Kernels<Params>& kernels, PlanRequest request, int layers) 
       }
       const Launch l = tiled_launch(plan, request);
       if (plan.is_split()) {
-        const int64_t most = resident_clusters(tiled_kernel(kernels, plan), l), all = l.grid.blocks() / split_blocks;
+        const int64_t most = resident_clusters(tiled_kernel(kernels, plan), l), all = l.grid.blocks() / plan.divide_k;
         if (most >= all) return plan;
-        device.splits = false;
+        device.splits[plan.divide_k] = most;
         if (!device.refused.empty()) device.refused += "; ";
-        device.refused += refusal(most, all, "clusters of " + std::to_string(split_blocks) + " blocks");
+        device.refused += refusal(most, all, "clusters of " + std::to_string(plan.divide_k) + " blocks");
         continue;
       }
       if (plan.one_launch()) {
@@ -143,9 +145,11 @@ Kernels<Backward<typename Math::Storage>> backward_kernels() {
     kernels.cluster_of_many = backward_cluster<Cell, Math, many_tiles>;
     kernels.resident = {backward_kernel<Cell, Math, 1, 1, true>, backward_kernel<Cell, Math, 2, 1, true>,
                         backward_kernel<Cell, Math, 4, 1, true>, backward_kernel<Cell, Math, 4, 2, true>};
-    kernels.split = {
-        backward_kernel<Cell, Math, 1, 1, true, split_blocks>, backward_kernel<Cell, Math, 2, 1, true, split_blocks>,
-        backward_kernel<Cell, Math, 4, 1, true, split_blocks>, backward_kernel<Cell, Math, 4, 2, true, split_blocks>};
+    static_assert(least_split_shape == 1 && most_split == 4 && least_split == 2);
+    kernels.split_in_4 = {nullptr, backward_kernel<Cell, Math, 2, 1, true, 4>,
+                          backward_kernel<Cell, Math, 4, 1, true, 4>, backward_kernel<Cell, Math, 4, 2, true, 4>};
+    kernels.split_in_2 = {nullptr, backward_kernel<Cell, Math, 2, 1, true, 2>,
+                          backward_kernel<Cell, Math, 4, 1, true, 2>, backward_kernel<Cell, Math, 4, 2, true, 2>};
   }
   return kernels;
 }

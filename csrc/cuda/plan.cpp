@@ -74,8 +74,9 @@ Plan cluster_plan(const PlanRequest& r, const Device& device, bool forced) {
   for (int blocks = device.cluster_blocks; blocks > 0 && !at_once; --blocks) {
     const ClusterShape shape = cluster_shape(r, blocks);
     if (shape.shared_bytes == 0 || shape.shared_bytes > device.shared_bytes) continue;
-    if (device.room(shape.blocks) == 0) continue;
-    const int64_t room = std::min(device.room(shape.blocks), processors / shape.blocks);
+    const int64_t known_room = device.room(device.clusters, shape.blocks);
+    if (known_room == 0) continue;
+    const int64_t room = std::min(known_room, processors / shape.blocks);
     fits = shape, fits.columns = least_columns;
     while (fits.columns < cluster_columns && clusters(fits.columns) > room) fits.columns *= 2;
     at_once = clusters(fits.columns) <= room;
@@ -100,16 +101,22 @@ Plan cluster_plan(const PlanRequest& r, const Device& device, bool forced) {
 
 int64_t blocks_of(const PlanRequest& r, const Plan& plan) { return plan.blocks_x * plan.blocks_y * r.directions; }
 
+bool run_together(const PlanRequest& r, const Device& device, const Plan& plan) {
+  return blocks_of(r, plan) / plan.divide_k <= device.room(device.splits, plan.divide_k);
+}
+
 // The smallest tile whose blocks all run at the same time, else the largest; so many blocks of a cluster divide k.
 Plan tiles_of(const PlanRequest& r, const Device& device, int divide_k) {
   Plan plan{};
+  plan.divide_k = divide_k;
   plan.blocks_x = ceil_div(ceil_div(std::max(r.H, r.P), block_units), divide_k) * divide_k;
-  for (int i = 0; i < int(std::size(tile_shapes)); ++i) {
+  const int first = divide_k > 1 ? least_split_shape : 0;
+  for (int i = first; i < int(std::size(tile_shapes)); ++i) {
     const int64_t sums = sums_bytes(r, tile_shapes[i], divide_k);
-    if (i > 0 && (sums > device.shared_bytes || tile_shapes[i - 1].columns() >= r.N)) break;
+    if (i > first && (sums > device.shared_bytes || tile_shapes[i - 1].columns() >= r.N)) break;
     plan.shape = i, plan.sums_bytes = sums;
     plan.blocks_y = ceil_div(r.N, tile_shapes[i].columns());
-    if (blocks_of(r, plan) <= device.processors) break;
+    if (run_together(r, device, plan)) break;
   }
   plan.weights_bytes = weights_bytes(r, tile_shapes[plan.shape], divide_k);
   return plan;
@@ -132,20 +139,24 @@ Plan tiled_plan(const PlanRequest& r, const Device& device) {
   return plan;
 }
 
-// The tiles of clusters that divide k. Without those the name stays empty and the reason says why.
+// The tiles of clusters that divide k, of as many blocks as possible. Without those the name stays empty and the reason
+// says why.
 Plan split_plan(const PlanRequest& r, const Device& device) {
-  Plan plan = tiles_of(r, device, split_blocks);
-  const int64_t shared = plan.sums_bytes + plan.weights_bytes, blocks = blocks_of(r, plan);
+  Plan plan{};
   if (!r.backward)
     plan.reason = "only the backward pass has that much to divide";
-  else if (device.cluster_blocks < split_blocks || !device.splits)
-    plan.reason = device.refused.empty() ? "the device has no clusters" : device.refused;
+  else if (device.cluster_blocks == 0)
+    plan.reason = "the device has no clusters";
   else if (!r.tensor_cores)
     plan.reason = "only tensor cores' weights stay on the chip";
-  else if (blocks > device.processors || shared > device.shared_bytes)
-    plan.reason = std::to_string(blocks) + " blocks with " + std::to_string(shared) + " bytes each don't fit";
-  else
-    plan.name = "split", plan.reason = "the weights fit on the chip, and the blocks of a cluster divide the sums";
+  for (int divide_k = most_split; divide_k >= least_split && plan.reason.empty(); divide_k /= 2) {
+    Plan split = tiles_of(r, device, divide_k);
+    const int64_t shared = split.sums_bytes + split.weights_bytes;
+    if (divide_k > device.cluster_blocks || !run_together(r, device, split) || shared > device.shared_bytes) continue;
+    split.name = "split", split.reason = "the weights fit on the chip, and the blocks of a cluster divide the sums";
+    return split;
+  }
+  if (plan.reason.empty()) plan.reason = "blocks that divide the sums don't fit on the chip";
   return plan;
 }
 
@@ -170,15 +181,21 @@ Plan make_plan(const PlanRequest& r, const Device& device, const std::string& fo
   }
   const Plan split = split_plan(r, device);
   if (forced == "split") {
+    const std::string refused = device.refused.empty() ? "" : device.refused + "; ";
     if (split.is_split())
-      plan = split, plan.reason = asked_for;
+      plan = split, plan.reason = refused + asked_for;
     else
-      plan.reason = split.reason + "; " + plan.reason;
+      plan.reason = refused + split.reason + "; " + plan.reason;
     return plan;
   }
   const Plan cluster = cluster_plan(r, device, forced == "cluster");
   if (cluster.is_cluster()) return cluster;
-  if (split.is_split() && forced.empty() && operand_bytes(r, plan) >= worth_dividing) plan = split;
+  if (forced.empty() && r.backward && operand_bytes(r, plan) >= worth_dividing) {
+    if (split.is_split())
+      plan = split;
+    else if (split.reason != cluster.reason && split.reason != plan.reason)
+      plan.reason = split.reason + "; " + plan.reason;
+  }
   if (cluster.reason != plan.reason) plan.reason = cluster.reason + "; " + plan.reason;
   return plan;
 }

@@ -30,13 +30,13 @@ struct Device {
   int64_t shared_bytes;                  // shared memory that one block can have
   int cluster_blocks;                    // of the largest cluster; 0 where there are none
   std::map<int, int64_t> clusters = {};  // of so many blocks, that it runs at the same time, where it was asked
-  bool splits = true;                    // the blocks of a plan `split`, as far as is known
+  std::map<int, int64_t> splits = {};    // the same of the plan `split`
   std::string refused = {};              // what it didn't run of a faster plan, in words
 
-  // Clusters that it may run at the same time, as far as is known.
-  int64_t room(int blocks) const {
-    const auto asked = clusters.find(blocks);
-    return asked != clusters.end() ? asked->second : processors / blocks;
+  // Clusters of `clusters` or `splits` that it may run at the same time, as far as is known.
+  int64_t room(const std::map<int, int64_t>& known, int blocks) const {
+    const auto asked = known.find(blocks);
+    return asked != known.end() ? asked->second : processors / blocks;
   }
 };
 
@@ -49,6 +49,8 @@ struct TileShape {
 // Where the weights stay on the chip: those that a warp has in registers, of 16 rows and one block of k each.
 constexpr int resident_fragments(int n_tiles) { return n_tiles <= 2 ? 12 : 4; }
 constexpr TileShape tile_shapes[] = {{1, 1}, {2, 1}, {4, 1}, {4, 2}};
+// The tiles of blocks that divide k are from this one on, and so many blocks do.
+constexpr int least_split_shape = 1, most_split = 4, least_split = 2;
 
 struct Plan {
   // stepwise: a launch a step. loop: one launch for all steps, whose blocks wait for each other between steps.
@@ -58,6 +60,7 @@ struct Plan {
   std::string name;
   std::string reason;  // why not a faster one
   int shape;           // index in tile_shapes
+  int divide_k = 1;    // so many blocks of a cluster do
   int64_t blocks_x, blocks_y;
   int64_t sums_bytes, weights_bytes;  // shared memory of a block
   ClusterShape cluster;               // if that is the plan
@@ -75,7 +78,7 @@ struct Plan {
 };
 
 // `forced` is a plan's name, or empty: the fastest that the shape allows. A forced plan that it doesn't allow falls
-// back to the next of cluster or split, grid, loop and stepwise, and `reason` says why.
+// back to the next of grid, loop and stepwise, and `reason` says why.
 __attribute__((visibility("default"))) Plan make_plan(const PlanRequest& request, const Device& device,
                                                       const std::string& forced);
 

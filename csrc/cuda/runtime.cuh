@@ -208,8 +208,10 @@ int64_t resident_clusters(void (*kernel)(Params), const Launch& l) {
     cudaFuncAttributes attributes{};
     check(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes");
     if (attributes.ptxVersion < 90) return 0;
-    Attributes of_config{};
-    const cudaLaunchConfig_t config = configuration(l, nullptr, of_config);
+    Launch clusters_alone = l;  // the question is about nothing else
+    clusters_alone.cooperative = false;
+    Attributes attributes_of_launch{};
+    const cudaLaunchConfig_t config = configuration(clusters_alone, nullptr, attributes_of_launch);
     int clusters = 0;
     if (allow(kernel, l) == cudaSuccess && cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) == cudaSuccess)
       return clusters;

@@ -167,8 +167,10 @@ class Split {
     constexpr int quads = Tile::rows / 4;  // units that are sent together
     sync_block();
     inbox_.expect(uint32_t(divide_k * units * columns * sizeof(float)));
-    for (int i = thread_index(); i < quads * columns; i += block_size) {
-      const int column = i / quads, m = i % quads * 4;
+#pragma unroll
+    for (int first = 0; first < quads * Tile::columns; first += block_size) {
+      const int i = first + thread_index(), column = i / quads, m = i % quads * 4;
+      if (column >= columns) continue;
       const Vector sum = Tile::sum_of_4(sums, m, column);
       inbox_.send(sum, reinterpret_cast<Vector*>(part(rank(), m % units, column)), m / units);
     }
@@ -228,7 +230,7 @@ struct BackwardStep {
   template <class Weights>
   FUSEDRNN_DEVICE static void recurrence(const Backward<S>& p, const BackwardDirection<S>& d, const Place& at,
                                          Cells& cells, const W_hh& rows, const Weights& w_hh, Split& split) {
-    if (divide_k == 1 && at.unit >= p.P) return;
+    if (at.unit - Split::rank() * units >= p.P) return;  // the whole cluster
     A* sums = shared_sums<Product, divide_k>();
     if (at.row < cells.next_batch) {
       const int64_t next_row = d.steps.rows(cells.s + 1).first;
@@ -286,7 +288,7 @@ backward_kernel(const Backward<typename Math::Storage> p) {
     const typename Step::W_hh rows(p, d, at);
     const auto w_hh = recurrent_weights<Tile, resident, divide_k>(rows, rows.K);
     typename Step::Cells cells(p, d, at, p.range.last - 1);
-    if constexpr (divide_k > 1) sync_cluster();  // mailboxes are open, before the meetings as well
+    if constexpr (divide_k > 1) sync_cluster();  // mailboxes are open before anyone sends
     for (int64_t s = p.range.last - 1; s >= p.range.first; --s) {
       if (cells.s != s) cells.fetch(s);
       if (at.row >= cells.rows) continue;
