@@ -21,7 +21,7 @@ TESTS = [
 
 KEEP = "a_row({} + lane() / 4) + k_of(i)"
 SUMS = "cells.batch - 1)); }}, d.w_hh.row);\n    {}"
-BACKWARD_MEETING = "meeting.arrive();\n      cells.fetch(s - 1);\n      meeting.wait();"
+BACKWARD_MEETING = "meeting.arrive();\n        cells.fetch(s - 1);\n        meeting.wait();"
 CLUSTER_SUMS = "{}\n      at.each(p.H, cells.batch,"
 CLUSTER_SEND = "if (goes_on) {{\n        {}\n        const unsigned columns"
 CLUSTER_DRH = "if (goes_on) {{\n        {}\n        const unsigned H"
