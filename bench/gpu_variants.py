@@ -11,6 +11,7 @@ ran; "wrong" where a result is not torch.nn's. No turn begins after the limit. -
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import math
 import os
@@ -27,8 +28,6 @@ from pathlib import Path
 
 import torch
 
-import fusedrnn
-
 from . import gate, plans, timing, workload
 from .cases import Case, Shape
 from .implementations import torch_like
@@ -38,7 +37,6 @@ SAMPLES = 15  # of a case in a turn
 HANGS_S = 30  # a turn, and so much more for each case
 WRONG = math.inf
 MOST_ROUNDS = 3
-
 
 Edits = tuple[tuple[str, str, str], ...]  # (file, old text, new text)
 
@@ -101,7 +99,9 @@ def plan_of(case: Case, device: str) -> str:
     if torch.device(device).type != "cuda":
         return ""
     args, options = workload.arguments(case)
-    module = getattr(fusedrnn, case.cell)(*args, **options, device=device, dtype=getattr(torch, case.dtype))
+    module = getattr(importlib.import_module("fusedrnn"), case.cell)(
+        *args, **options, device=device, dtype=getattr(torch, case.dtype)
+    )
     return plans.words(plans.passes("fusedrnn", module, (case.shape.t, case.shape.n, case.shape.h))[case.training])
 
 
@@ -160,7 +160,7 @@ def build(variant: Variant, base: Path, folder: Path) -> str:
 
 
 def take_turn(variant: Variant, folder: Path, texts: Sequence[str]) -> list[str]:
-    code = f"from bench import gpu_variants as g\nwith g.fusedrnn.use_plan({variant.plan!r}): "
+    code = f"import fusedrnn; from bench import gpu_variants as g\nwith fusedrnn.use_plan({variant.plan!r}): "
     code += f"g.turn({list(texts)!r}, 'cuda')"
     path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
     process = subprocess.Popen(
