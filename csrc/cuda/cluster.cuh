@@ -67,9 +67,10 @@ forward_cluster(const Forward<typename Math::Storage> p) {
     Inbox inbox(shape.blocks);
 #pragma unroll 1
     for (int i = thread_index(); i < inbox_vectors; i += block_threads()) {
-      const int64_t n = at.row + i % warp_size / 4, k = i / warp_size * Math::k + Math::k_of(i);
+      const int column = i % warp_size / 4;  // of the product; the cluster has some of them
+      const int64_t n = at.row + column, k = i / warp_size * Math::k + Math::k_of(i);
       const Rows<S>& h_prev = d.h[p.range.first % 2];
-      const bool exists = n < d.steps.N && k < h_prev.row;
+      const bool exists = column < at.columns && n < d.steps.N && k < h_prev.row;
       h[i] = h[inbox_vectors + i] = exists ? Math::prepare(load(h_prev.at(n) + k)) : Vector{};
     }
     clear(reinterpret_cast<Vector*>(outbox), shared_at<Vector>(shape.sums));
