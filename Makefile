@@ -91,7 +91,7 @@ sanitized: $(VENV)/.dev
 asan: sanitized
 	$(ASAN_PYTEST) --every 41 tests/test_ops.py tests/test_ops_edges.py $(ARGS)
 	$(ASAN_PYTEST) -k 'test_amx or python_threads or (amx and bfloat16 and not all_options)' $(AMX) $(ARGS)
-	$(ASAN_PYTEST) -p cuda_host --ops fusedrnn_cuda_host --every 83 $(CUDA_HOST) $(ARGS)
+	$(ASAN_PYTEST) -p cuda_host --ops fusedrnn_cuda_host --every 127 $(CUDA_HOST) $(ARGS)
 
 # In 20 processes, as hypothesis remembers all that it has tried. No case needs 256 MB, and none may try.
 fuzz: PRELOADED = $(CURDIR)/build/asan/throwing_new.so
@@ -110,11 +110,11 @@ endif
 
 # Every thread of a block is a fiber, in an order that differs from test to test.
 cuda-host: $(VENV)/.test
-	PYTHONPATH=tools $(BIN)/pytest -q -p cuda_host --ops fusedrnn_cuda_host --every 11 $(CUDA_HOST) $(ARGS)
+	PYTHONPATH=tools $(BIN)/pytest -q -n 2 -p cuda_host --ops fusedrnn_cuda_host --every 11 $(CUDA_HOST) $(ARGS)
 
 # The same kernels as nvcc compiles them, interpreted: what only a GPU would run, and a search for data races.
 ptx: $(VENV)/.test
-	PYTHONPATH=tools $(BIN)/pytest -q -p cuda_host --ops fusedrnn_cuda_host --ptx 9.0a --every 101 -k 'not large_ragged' $(CUDA_HOST) $(ARGS)
+	PYTHONPATH=tools $(BIN)/pytest -q -n 2 -p cuda_host --ops fusedrnn_cuda_host --ptx 9.0a --every 127 -k 'not large_ragged' $(CUDA_HOST) $(ARGS)
 
 mutants: $(VENV)/.test
 	PYTHONPATH=tools $(BIN)/python tools/mutants.py
