@@ -89,7 +89,7 @@ sanitized: $(VENV)/.dev
 	CXX="$(CXX)" FUSEDRNN_SANITIZE=address,undefined $(BIN)/python setup.py -q build --build-lib build/asan
 
 asan: sanitized
-	$(ASAN_PYTEST) --every 41 tests/test_ops.py tests/test_ops_edges.py $(ARGS)
+	$(ASAN_PYTEST) --every 53 tests/test_ops.py tests/test_ops_edges.py $(ARGS)
 	$(ASAN_PYTEST) -k 'test_amx or python_threads or (amx and bfloat16 and not all_options)' $(AMX) $(ARGS)
 	$(ASAN_PYTEST) -p cuda_host --ops fusedrnn_cuda_host --every 127 $(CUDA_HOST) $(ARGS)
 
@@ -110,7 +110,7 @@ endif
 
 # Every thread of a block is a fiber, in an order that differs from test to test.
 cuda-host: $(VENV)/.test
-	PYTHONPATH=tools $(BIN)/pytest -q -n 2 -p cuda_host --ops fusedrnn_cuda_host --every 11 $(CUDA_HOST) $(ARGS)
+	PYTHONPATH=tools $(BIN)/pytest -q -n 2 -p cuda_host --ops fusedrnn_cuda_host --every 17 $(CUDA_HOST) $(ARGS)
 
 # The same kernels as nvcc compiles them, interpreted: what only a GPU would run, and a search for data races.
 ptx: $(VENV)/.test
