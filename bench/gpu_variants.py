@@ -52,8 +52,10 @@ class Variant:
 FEW_ROWS = ("LSTM/bfloat16/16x1024x768", "LSTM/bfloat16/16x1024x512", "GRU/bfloat16/16x1024x512")
 SHORT_OF_A_CLUSTER = ("LSTM/bfloat16/16x1024x768", "LSTM/float16/16x1024x768", "LSTM/bfloat16/64x512x512")
 MANY_GRADIENTS = (
-    *("LSTM/bfloat16/16x1024x1024", "GRU/bfloat16/16x1024x1024"),
-    *("LSTM/bfloat16/16x512x2048", "LSTM/bfloat16/128x256x1024"),
+    "LSTM/bfloat16/16x1024x1024",
+    "GRU/bfloat16/16x1024x1024",
+    "LSTM/bfloat16/16x512x2048",
+    "LSTM/bfloat16/128x256x1024",
 )
 STACKS = ("LSTM/bfloat16/16x512x512-4x", "LSTM/bfloat16/32x256x256-4x")
 SHAPE, PLAN, TILE = "csrc/cuda/cluster_shape.h", "csrc/cuda/plan.cpp", "csrc/cuda/tile.cuh"

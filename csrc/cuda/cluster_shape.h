@@ -50,15 +50,16 @@ constexpr int partial_place(int m, int column) {
 constexpr int sums_pitch(int rows) { return rows + 4; }
 constexpr int sums_apart = 4;
 
-// Where so many blocks of a cluster divide k (stepwise.cuh): two mailboxes, and twice the sums that a block is sent.
-constexpr int mailboxes_bytes = 32;
-constexpr int split_inbox_bytes(int divide_k, int columns) {
-  return divide_k > 1 ? mailboxes_bytes + 2 * divide_k * columns * sums_pitch(16) * int(sizeof(float)) : 0;
-}
-
 // The same of a forward cluster, whose sums of an element's gates are side by side, 16 bytes if they are several: the
 // elements between those of neighbouring batch entries.
 constexpr int gate_floats(int gates) { return gates > 1 ? 4 : 1; }
 constexpr int gates_pitch(int groups, int gates) { return gates > 1 ? 16 * groups + 1 : sums_pitch(16 * groups); }
+
+// Of shared memory, for two mailboxes: what other blocks' stores fill begins after them, and should fill 32 bytes.
+constexpr int mailboxes_bytes = 32;
+// Where so many blocks of a cluster divide k (stepwise.cuh): that, and twice the sums that a block is sent.
+constexpr int split_inbox_bytes(int divide_k, int columns) {
+  return divide_k > 1 ? mailboxes_bytes + 2 * divide_k * columns * sums_pitch(16) * int(sizeof(float)) : 0;
+}
 
 }  // namespace fusedrnn::cuda

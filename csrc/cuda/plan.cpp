@@ -9,8 +9,8 @@ namespace fusedrnn::cuda {
 namespace {
 
 constexpr int block_units = 16;
-constexpr int64_t vector_bytes = 16, inbox_alignment = 32;  // what other blocks' stores should fill is 32 bytes
-constexpr int64_t fragment_bytes = 1024;                    // 16 rows of one block of k
+constexpr int64_t vector_bytes = 16;
+constexpr int64_t fragment_bytes = 1024;  // 16 rows of one block of k
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -56,7 +56,7 @@ ClusterShape cluster_shape(const PlanRequest& r, int64_t blocks) {
     outbox = cluster_columns * c.groups * block_units * r.element;
     sums = c.k_warps * cluster_columns * gates_pitch(c.groups, r.gates) * gate_floats(r.gates) * int64_t(sizeof(float));
   }
-  c.inbox = inbox_alignment, c.outbox = c.inbox + inbox, c.sums = c.outbox + outbox, c.far = c.sums + sums;
+  c.inbox = mailboxes_bytes, c.outbox = c.inbox + inbox, c.sums = c.outbox + outbox, c.far = c.sums + sums;
   c.shared_bytes = c.far + c.warps() * c.far_fragments * fragment_bytes;
   return c;
 }
