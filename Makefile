@@ -89,9 +89,9 @@ sanitized: $(VENV)/.dev
 	CXX="$(CXX)" FUSEDRNN_SANITIZE=address,undefined $(BIN)/python setup.py -q build --build-lib build/asan
 
 asan: sanitized
-	$(ASAN_PYTEST) --every 53 tests/test_ops.py tests/test_ops_edges.py $(ARGS)
-	$(ASAN_PYTEST) -k 'test_amx or python_threads or (amx and bfloat16 and not all_options)' $(AMX) $(ARGS)
-	$(ASAN_PYTEST) -p cuda_host --ops fusedrnn_cuda_host --every 127 $(CUDA_HOST) $(ARGS)
+	$(ASAN_PYTEST) -n 2 --every 53 tests/test_ops.py tests/test_ops_edges.py $(ARGS)
+	$(ASAN_PYTEST) -n 2 -k 'test_amx or python_threads or (amx and bfloat16 and not all_options)' $(AMX) $(ARGS)
+	$(ASAN_PYTEST) -n 2 -p cuda_host --ops fusedrnn_cuda_host --every 127 $(CUDA_HOST) $(ARGS)
 
 # In 20 processes, as hypothesis remembers all that it has tried. No case needs 256 MB, and none may try.
 fuzz: PRELOADED = $(CURDIR)/build/asan/throwing_new.so

@@ -147,7 +147,7 @@ class Plan:
             self.defines += ["-DFUSEDRNN_AMX_HOST", "-iquote", "tests/amx_host"]
         sanitize = sanitizers(SANITIZE)
         self.cxx = [*compiler.command, "-MMD", "-MF", "$out.d", "-c", "$in", "-o", "$out", *CXX_FLAGS, *sanitize]
-        self.cxx += ["-O1", "-g1", "-fno-omit-frame-pointer"] if SANITIZE else ["-O3", "-DNDEBUG"]
+        self.cxx += ["-Og", "-g1", "-fno-omit-frame-pointer"] if SANITIZE else ["-O3", "-DNDEBUG"]
         self.link = [*compiler.command, "-shared", *sanitize, "-o", "$out", "$in", "-Wl,--as-needed"]
         self.ninja = Ninja(folder)
         library = self.cpu_library()

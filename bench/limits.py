@@ -91,7 +91,7 @@ def _measure_once(dtypes: list[str], threads: int, device: str) -> Limits:
         return found
     probe = _compile_probe()
     if probe is None:
-        found.read_gbs = {size: _torch_read_gbs(size * threads, threads) for size in SIZES}
+        found.read_gbs = {size: _torch_read_gbs(size * threads) for size in SIZES}
         return found
     for dtype, name in (("float32", "fma_gflops"), ("bfloat16", "bf16_gflops")):
         if dtype in dtypes:
@@ -161,7 +161,7 @@ def _mm_gflops(dtype: str, device: str) -> float:
     return best
 
 
-def _torch_read_gbs(size: int, threads: int) -> float:
+def _torch_read_gbs(size: int) -> float:
     """Without a compiler: the best of summing a buffer."""
     data = torch.ones(size // 4)
     best, started = 0.0, time.perf_counter()

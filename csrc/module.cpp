@@ -60,16 +60,17 @@ py::dict cpu_plan(const std::string& cell, const std::string& dtype, int64_t T, 
   d["row_groups"] = e.plan.split.row_groups;
   d["unit_groups"] = e.plan.split.unit_groups;
   d["packed"] = e.plan.packed;
+  d["both_at_once"] = e.plan.both_at_once;
   return d;
 }
 
 // The names are those of csrc/cuda/plan.h.
-py::dict cuda_plan(int64_t T, int64_t N, int64_t H, int64_t P, int directions, int gates, bool backward,
-                   int64_t element, bool tensor_cores, bool projected, int processors, int64_t shared_bytes,
-                   int cluster_blocks, int layers) {
+py::dict cuda_plan(int64_t N, int64_t H, int64_t P, int directions, int gates, bool backward, int64_t element,
+                   bool tensor_cores, bool projected, int processors, int64_t shared_bytes, int cluster_blocks,
+                   int layers) {
   using namespace fusedrnn::cuda;
   const Plan plan = widest_plan(layers, [&](int together) {
-    return make_plan({T, N, H, P, directions, gates, backward, element, tensor_cores, projected, together},
+    return make_plan({N, H, P, directions, gates, backward, element, tensor_cores, projected, together},
                      {processors, shared_bytes, cluster_blocks}, forced_plan());
   });
   py::dict d;
@@ -94,10 +95,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_plan", &cpu_plan, py::kw_only(), py::arg("cell"), py::arg("dtype"), py::arg("T"), py::arg("N"),
         py::arg("I"), py::arg("H"), py::arg("P"), py::arg("directions"), py::arg("projected"),
         "How a padded layer would run on the CPU.");
-  m.def("cuda_plan", &cuda_plan, py::kw_only(), py::arg("T"), py::arg("N"), py::arg("H"), py::arg("P"),
-        py::arg("directions"), py::arg("gates"), py::arg("backward"), py::arg("element"), py::arg("tensor_cores"),
-        py::arg("projected"), py::arg("processors"), py::arg("shared_bytes"), py::arg("cluster_blocks"),
-        py::arg("layers") = 1,
+  m.def("cuda_plan", &cuda_plan, py::kw_only(), py::arg("N"), py::arg("H"), py::arg("P"), py::arg("directions"),
+        py::arg("gates"), py::arg("backward"), py::arg("element"), py::arg("tensor_cores"), py::arg("projected"),
+        py::arg("processors"), py::arg("shared_bytes"), py::arg("cluster_blocks"), py::arg("layers") = 1,
         "How a layer's time loop would run on a GPU; in a stack, with how many at the same time.");
   m.def("forced_cuda_plan", &fusedrnn::cuda::forced_plan, "The plan that ops on a GPU are made to use, or ''.");
   m.def("force_cuda_plan", &fusedrnn::cuda::force_plan, py::arg("name"), "Makes ops on a GPU use a plan; '': any.");

@@ -25,7 +25,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(FUSEDRNN_NAMESPACE, m) {
                   " int needs, bool tf32=False)"
                   " -> (Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dweights)")
               .c_str());
-    m.def((cell + "_plan(Tensor like, int T, int N, int H, int P, int directions, bool backward, bool projected,"
+    m.def((cell + "_plan(Tensor like, int N, int H, int P, int directions, bool backward, bool projected,"
                   " int layers, bool tf32=False) -> (str name, str reason, int[] numbers)")
               .c_str());
     m.def((cell + "_stack(Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, int layers, int chunk, bool save,"

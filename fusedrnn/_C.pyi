@@ -18,6 +18,7 @@ class CpuPlan(TypedDict):
     row_groups: int
     unit_groups: int
     packed: bool
+    both_at_once: bool
 
 class CudaPlan(TypedDict):
     name: str
@@ -37,7 +38,6 @@ def cpu_plan(
 ) -> CpuPlan: ...
 def cuda_plan(
     *,
-    T: int,
     N: int,
     H: int,
     P: int,

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
+from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
 from torch.autograd.function import Function
 
@@ -32,7 +33,7 @@ class _Function(Function):
         (it fills in default arguments; there are none)."""
         if torch._C._are_functorch_transforms_active():
             return super().apply(*args)
-        return super(Function, cls).apply(*args)  # type: ignore[misc]
+        return super(Function, cls).apply(*unwrap_dead_wrappers(args))  # type: ignore[misc]
 
 
 class Layer(_Function):

@@ -18,6 +18,7 @@ from .errors import ARGUMENT_ERRORS, in_torch_words, pair
 from .layer import layer
 from .network import States, stack
 from .ops import autocast_enabled
+from .profiling import ranges_enabled
 
 # Their forward refuses, in torch's own words, what ours does not take. patch() rebinds the names.
 _NN_RNN_CELL, _NN_LSTM_CELL, _NN_GRU_CELL = torch.nn.RNNCell, torch.nn.LSTMCell, torch.nn.GRUCell
@@ -45,7 +46,9 @@ class _Cell(torch.nn.RNNCellBase):
 
     def _plain_step(self, cell: str, x: Tensor, h: Tensor, c: Tensor | None) -> Any:
         """The next state or states in the plain case, in as few Python steps as it takes; None in the others."""
-        if type(x) is Tensor and x.dim() == 2 and x.shape[0] and not autocast_enabled() and not _is_compiling():
+        if autocast_enabled() or ranges_enabled() or _is_compiling():
+            return None
+        if type(x) is Tensor and x.dim() == 2 and x.shape[0]:
             if not _is_grad_enabled() and forward_ad._current_level < 0:
                 return ops.step[cell](x, h, c, self._weights())
             # The rows of x are given as one packed step, so that neither x nor y needs a view.

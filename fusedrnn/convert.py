@@ -59,7 +59,7 @@ def patch() -> Patch:
     and modules built earlier stay torch's own; :func:`convert` is for those. Patches nest.
 
     torch.compile refuses what it finds under these names, so ``torch._dynamo.config.allow_rnn`` is
-    on as long as the patch is. ::
+    on as long as the patch is, in the thread that makes it: other threads that compile set it themselves. ::
 
         with fusedrnn.patch():
             model = library.build_model()

@@ -15,15 +15,15 @@ from . import ops
 
 _Result = TypeVar("_Result")
 
-# Other exceptions pass (checkpointing stops a forward with one).
-ARGUMENT_ERRORS = (AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+# Other exceptions pass (checkpointing stops a forward with one). functorch asserts that its tensors are not used later.
+ARGUMENT_ERRORS = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 # What says that the arguments were right: of an allocation on a GPU, on the CPU, in C++.
 _NO_MEMORY = ("out of memory", "can't allocate", "bad_alloc")
 
 
 def in_torch_words(forward: Any, module: Any, input: Any, hx: Any, error: Exception) -> Exception:
-    """What torch.nn's ``forward`` raises for the arguments that gave ``error``, or else that."""
+    """What torch.nn's ``forward`` (None: it has no such call) raises for the arguments that gave ``error``, or that."""
     if torch.compiler.is_compiling():  # a tracer reports it, or leaves the call to eager code
         return error
     transformed = torch._C._are_functorch_transforms_active()  # torch.nn knows fewer of them
@@ -32,6 +32,8 @@ def in_torch_words(forward: Any, module: Any, input: Any, hx: Any, error: Except
         return error
     if any(words in str(error) for words in _NO_MEMORY):
         return out_of_memory(error)
+    if forward is None:
+        return error
     if not all(map(_is_stored, (*_tensors((input, hx)), *module.parameters()))):  # torch.nn would read what is gone
         return error
     try:
@@ -151,6 +153,8 @@ def check_sizes(
 ) -> list[tuple[int, int, int]]:
     """torch.nn's errors about the input's dtype and all sizes. Returns the shapes of the states."""
     w_ih, w_hh = weights[0], weights[1]
+    if w_ih.dim() != 2 or w_hh.dim() != 2:
+        raise RuntimeError(f"expected w_ih and w_hh to have 2 dimensions, got {w_ih.dim()} and {w_hh.dim()}")
     if x.dtype != w_ih.dtype and not ops.autocast_enabled():
         raise ValueError(
             f"RNN input dtype ({x.dtype}) does not match weight dtype ({w_ih.dtype}). "

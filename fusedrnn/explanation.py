@@ -47,7 +47,7 @@ def explain(module: Any, shape: Sequence[int]) -> list[dict[str, Any]]:
             "projected": module.proj_size > 0,
         }
         plan = _plan(weight, facts, _layers_of_one_op(module, t))
-        found.append({"layer": k, "device": str(weight.device), **facts, **plan})
+        found.append({"layer": k, "device": str(weight.device), **facts, "recompute": module.recompute, **plan})
         print("\n".join(_words(found[-1])))
     return found
 
@@ -73,7 +73,7 @@ def _device_plan(
     op: Callable[..., Any], like: torch.Tensor, facts: Mapping[str, Any], tf32: bool, layers: int, backward: bool
 ) -> _C.CudaPlan:
     """What the device takes, that is asked what it has room for."""
-    shape = [facts[name] for name in ("T", "N", "H", "P", "directions")]
+    shape = [facts[name] for name in ("N", "H", "P", "directions")]
     name, reason, numbers = op(like, *shape, backward, facts["projected"], layers, tf32)
     columns, units, x, y, shared_bytes, together = numbers
     return {
@@ -98,6 +98,8 @@ def _words(facts: dict[str, Any]) -> list[str]:
     ways = ", both directions" if facts["directions"] == 2 else ""
     lines = [f"layer {facts['layer']}: {facts['cell']}, {facts['dtype']}, {size}{ways}, on {facts['device']}"]
     details = _cpu_words(facts) if "capability" in facts else _cuda_words(facts) if "math" in facts else []
+    if facts["recompute"]:
+        details.append(("training", "by chunks of about sqrt(T) steps, of one direction after the other"))
     return lines + [f"  {name + ':':<10}{text}" for name, text in details]
 
 
@@ -120,7 +122,7 @@ def _cpu_words(facts: dict[str, Any]) -> list[tuple[str, str]]:
         parts.append(f"{rows} parts of the batch, which share nothing")
     if units > 1:
         parts.append(f"{units} parts of the hidden units, which meet at a barrier every step")
-    if facts["directions"] == 2 and threads % 2 == 0:
+    if facts["both_at_once"]:
         parts.append("both directions at once")
     weights = (
         "rewritten in panels at every call" if facts["packed"] else "read as they are: too few rows to pack them for"

@@ -5,7 +5,8 @@ in the order of ``torch.nn.LSTM(...)._flat_weights``, for each layer and in it e
 ``w_ih, w_hh``, then ``b_ih, b_hh`` if there are biases, then ``w_hr`` if ``h`` is projected.
 
 Under :class:`torch.autocast` the input, the states and the weights are cast to the autocast dtype
-(float64 ones are left alone) and so is the result; the LSTM's c stays in float32 between steps.
+(float64 ones are left alone) and so is the result; the LSTM's c stays in float32 between the steps
+of a call. Calls in one autocast region share the casts of the parameters.
 """
 
 from __future__ import annotations
@@ -103,7 +104,8 @@ def lstm(
         return_cell_states: also return c of every step, as is ``output`` for h.
         recompute: train in less memory: keep the states at sqrt(T) checkpoints or fewer instead of the
             gates of every step, and run the steps again in the backward pass. The same gradients
-            (16-bit states are rounded at checkpoints), for one more forward pass.
+            (16-bit states are rounded at checkpoints), for one more forward pass. Of no effect under
+            torch.compile, in transforms of torch.func and in forward mode.
 
     Returns:
         ``output`` (as the input, with ``D * P`` features) and ``(h_n, c_n)``, shaped as ``hx``; with
@@ -203,6 +205,8 @@ def _call(
 ) -> tuple[tuple[Any, ...], States]:
     directions = 2 if bidirectional else 1
     weights = tuple(weights)  # of module.parameters(), too
+    if not 0 <= dropout <= 1:
+        raise ValueError(f"{cell}: expected a dropout of 0 to 1, the probability of an element being zeroed")
     count, rest = divmod(len(weights), num_layers * directions) if num_layers > 0 else (0, 0)
     if rest or count not in ((2, 3, 4, 5) if cell == "lstm" else (2, 4)):
         raise ValueError(f"{cell}: got {len(weights)} weights for {num_layers} layers of {directions} directions")

@@ -137,7 +137,8 @@ class _OneState(FusedBase):
             (output,), (h_n,) = self._network(input, hx, lengths, reset)
             return output, h_n
         except ARGUMENT_ERRORS as error:
-            raise in_torch_words(self._torch_forward, self, input, hx, error) from None
+            theirs = self._torch_forward if lengths is None and reset is None else None
+            raise in_torch_words(theirs, self, input, hx, error) from None
 
 
 class RNN(_OneState):
@@ -350,4 +351,5 @@ class LSTM(FusedBase):
             output, *cell_states = outputs
             return output, (h_n, c_n), *cell_states
         except ARGUMENT_ERRORS as error:
-            raise in_torch_words(self._torch_forward, self, input, hx, error) from None
+            theirs = self._torch_forward if lengths is None and reset is None else None
+            raise in_torch_words(theirs, self, input, hx, error) from None

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from . import ops, stacked
+from .autocast import cast, cast_weights
 from .errors import check_dimensions, check_sizes, check_stored, pair
 from .layer import layer, traceable_layer
 from .ops import autocast_enabled
@@ -129,9 +130,9 @@ def stack(
     if autocast_enabled() and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         check_stored(weights)
+        weights = cast_weights(weights, device, dtype)
         with torch.autocast(device, enabled=False):
-            x, *states_ = _cast((x, *(states or ())), dtype)
-            weights = _cast(weights, dtype)
+            x, *states_ = cast((x, *(states or ())), dtype)
             return stack(
                 cell, x, states and tuple(states_), weights, batch_sizes, num_layers, directions,
                 dropout, every_c, recompute,
@@ -160,11 +161,6 @@ def stack(
     if num_layers == 1:
         return outputs, finals[0]
     return outputs, tuple([torch.cat(s) for s in zip(*finals, strict=True)])
-
-
-def _cast(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """What autocast does to arguments: float64 and integers stay."""
-    return [t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors]
 
 
 def _refuse_lengths(lengths: Lengths | None, reset: Tensor | None) -> None:

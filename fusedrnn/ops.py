@@ -30,7 +30,7 @@ I]``, ``h [N, P]`` and ``c [N, H]`` to the next ``h`` and the LSTM's ``c``.
 y) -> ()`` runs a stack of layers of one direction without saving and without allocating tensors, out of autograd's
 sight: the states, ``h [L, N, P]`` and ``c [L, N, H]``, are updated in place, and the last layer's ``y`` is written to.
 
-``<cell>_plan(Tensor like, int T, int N, int H, int P, int directions, bool backward, bool projected, int layers, bool
+``<cell>_plan(Tensor like, int N, int H, int P, int directions, bool backward, bool projected, int layers, bool
 tf32=False) -> (str name, str reason, int[] numbers)``, on a GPU alone, is for :func:`fusedrnn.explain`.
 
 ``segments(Tensor lengths, Tensor? reset, Tensor first_row, Tensor step_row, int directions) -> (Tensor batch_sizes,
@@ -40,7 +40,6 @@ Tensor source, Tensor initial, Tensor final)``, all on the CPU, is for :mod:`fus
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -56,16 +55,15 @@ GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}  # G, rows of w_ih p
 STATES = {"lstm": 2, "gru": 1, "rnn_tanh": 1, "rnn_relu": 1}  # h, or h and c
 SAVED = {"lstm": 4, "gru": 4, "rnn_tanh": 0, "rnn_relu": 0}  # S, values kept per hidden unit
 
-_SUFFIX = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
 _LIB = Path(__file__).parent / "lib"
 
 
 def _load() -> None:
-    library = _LIB / f"libfusedrnn{_SUFFIX}"
+    library = _LIB / "libfusedrnn.so"
     if not library.exists():
         raise ImportError(f"fusedrnn's compiled library was not found at {library}; reinstall with pip install .")
     torch.ops.load_library(library)
-    cuda = _LIB / f"libfusedrnn_cuda{_SUFFIX}"
+    cuda = _LIB / "libfusedrnn_cuda.so"
     if torch.version.cuda is not None and cuda.exists():
         torch.ops.load_library(cuda)
 

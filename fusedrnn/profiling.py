@@ -15,7 +15,8 @@ def profile_ranges(enabled: bool = True) -> None:
     """Whether each layer's forward is a range of its own, ``fusedrnn lstm layer 0``, in torch.profiler.
 
     Off in the beginning. The ops have names of their own in any case (``fusedrnn::lstm``,
-    ``fusedrnn::lstm_backward``); under ``torch.autograd.profiler.emit_nvtx`` all are NVTX ranges.
+    ``fusedrnn::lstm_backward``); under ``torch.autograd.profiler.emit_nvtx`` all are NVTX ranges. On a GPU, layers
+    that would run at the same time run one after another.
     """
     global _ranges
     _ranges = enabled

@@ -1,7 +1,7 @@
 """Options, fixtures, and the one rule that says when a result is right.
 
 A result is right when its error against the float64 reference is at most twice the error torch.nn makes at the same
-dtype, plus a floor. The floors below are the only tolerances of the whole suite.
+dtype, plus a floor. The floors below are the only tolerances of these comparisons.
 """
 
 from __future__ import annotations

@@ -8,8 +8,10 @@ import torch
 from conftest import FLOORS
 from test_gradients import MODULES, flat, make_modules
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
 import fusedrnn
 
@@ -95,6 +97,112 @@ def test_c_is_summed_in_float32(dtype, device):
     with torch.autocast(device.type, dtype), torch.no_grad():
         _, (_, c) = module(torch.zeros(steps, 1, 1, device=device))
     assert c.item() == pytest.approx(steps * 0.001, rel=FLOORS[dtype])
+
+
+def cell_loop(cell, x, steps):
+    """The sum of the last states of a loop that truncates its graph at every step."""
+    h = torch.zeros(x.shape[0], cell.hidden_size, device=x.device)
+    total = 0
+    for _ in range(steps):
+        total = total + cell(x, h.detach()).float().sum()
+    return total
+
+
+@pytest.mark.parametrize("call", ["cell", "layer"])
+def test_calls_share_the_weights(call, device):
+    """A loop of steps keeps one copy of them for backward, not one a step; so does torch.nn's."""
+    x, kept = torch.randn(2, 64, device=device), {}
+
+    def keep(t):
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    name = "LSTMCell" if call == "cell" else "LSTM"
+    module, theirs = make_modules(name, input_size=64, hidden_size=64)
+    bytes_kept = []
+    for m in (module.to(device), theirs.to(device)):
+        kept.clear()
+        state = (torch.zeros(*(() if call == "cell" else (1,)), 2, 64, device=device),) * 2
+        with saved_tensors_hooks(keep, lambda t: t), torch.autocast(device.type, torch.bfloat16):
+            for _ in range(20):
+                state = m(x, state) if call == "cell" else m(x[None], state)[1]
+        state[0].float().sum().backward()
+        bytes_kept.append(sum(kept.values()))
+    weights = 2 * sum(p.numel() for p in module.parameters())
+    assert weights < bytes_kept[0] < 3 * weights
+    assert bytes_kept[0] < 1.5 * bytes_kept[1]
+
+
+def test_gradients_of_calls_are_summed_in_float32(device):
+    """In bfloat16 a sum of equal numbers would stop at 256 of them."""
+    cell, x = fusedrnn.RNNCell(3, 4, device=device), torch.rand(2, 3, device=device)
+    gradients = []
+    for steps in (1, 600):
+        with torch.autocast(device.type, torch.bfloat16):
+            loss = cell_loop(cell, x, steps)
+        gradients.append(torch.autograd.grad(loss, cell.weight_ih)[0])
+    torch.testing.assert_close(gradients[1], 600 * gradients[0], rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("first", [torch.enable_grad, torch.no_grad, torch.inference_mode], ids=lambda f: f.__name__)
+def test_shared_weights_are_the_current_ones(first, device):
+    """Whatever the first call of a region was, later ones have gradients; and a changed parameter is seen."""
+    cell, x = fusedrnn.GRUCell(3, 4, device=device), torch.randn(2, 3, device=device)
+
+    def check():
+        expected = copy.deepcopy(cell).bfloat16()(x.bfloat16())
+        found = cell(x)
+        assert torch.equal(found, expected)
+        found.float().sum().backward()
+        assert cell.weight_ih.grad.abs().sum() > 0
+        cell.zero_grad()
+        return found
+
+    with torch.autocast(device.type, torch.bfloat16):
+        with first():
+            cell(x)
+        graph = check()
+        with torch.no_grad():
+            cell.weight_ih.mul_(2)
+        check()
+        with torch.autocast(device.type, torch.float16):
+            assert cell(x).dtype == torch.float16
+        cell.weight_ih = nn.Parameter(cell.weight_ih.detach() * 2)
+        check()
+    cell.weight_ih.data.mul_(2)  # which no version counts
+    with torch.autocast(device.type, torch.bfloat16):
+        check()
+        torch.clear_autocast_cache()
+        cell.weight_ih.data.mul_(2)
+        check()
+    with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):
+        check()
+        cell.weight_ih.data.mul_(2)
+        check()
+    assert graph.requires_grad
+
+
+def test_frozen_parameters(device):
+    cell, x = fusedrnn.GRUCell(3, 4, device=device), torch.randn(2, 3, device=device, requires_grad=True)
+    cell.weight_ih.requires_grad_(False)
+    with torch.autocast(device.type, torch.bfloat16):
+        cell(x).float().sum().backward()
+    assert cell.weight_ih.grad is None and cell.weight_hh.grad is not None and x.grad is not None
+
+
+def test_second_order_and_checkpoints(device):
+    cell, x = fusedrnn.GRUCell(3, 4, device=device), torch.randn(2, 3, device=device)
+
+    def penalty(call):
+        with torch.autocast(device.type, torch.bfloat16):
+            loss = call().float().sum()
+        gradients = torch.autograd.grad(loss, list(cell.parameters()), create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in gradients), cell.weight_ih)[0]
+
+    two_steps = lambda x: cell(x, cell(x))  # noqa: E731
+    expected = penalty(lambda: two_steps(x))
+    assert expected.abs().sum() > 0
+    assert torch.equal(penalty(lambda: checkpoint(two_steps, x, use_reentrant=False)), expected)
 
 
 @pytest.mark.parametrize("name, options", MODULES)

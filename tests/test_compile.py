@@ -389,7 +389,7 @@ def test_aot_inductor(device, tmp_path):
     xs = [torch.randn(*shape, 3, device=device) for shape in ((5, 2), (9, 4))]
     torch.save(xs, inputs)
     names = ["libfusedrnn", *(["libfusedrnn_cuda"] if device.type == "cuda" else [])]
-    libraries = [str(ops._LIB / f"{name}{ops._SUFFIX}") for name in names]
+    libraries = [str(ops._LIB / f"{name}.so") for name in names]
     command = [sys.executable, "-c", RUN_PACKAGE, str(inputs), str(outputs), package, *libraries]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

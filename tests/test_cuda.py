@@ -38,10 +38,8 @@ def cuda_kernels(request):
         pytest.skip("needs --device cuda, or the CUDA kernels built for the CPU")
 
 
-def plan(
-    N, H, device=H200, cell_gates=4, directions=1, element=2, tensor_cores=True, backward=False, T=100, P=0, **options
-):
-    shape = {"T": T, "N": N, "H": H, "P": P or H, "projected": P > 0, "directions": directions, "gates": cell_gates}
+def plan(N, H, device=H200, cell_gates=4, directions=1, element=2, tensor_cores=True, backward=False, P=0, **options):
+    shape = {"N": N, "H": H, "P": P or H, "projected": P > 0, "directions": directions, "gates": cell_gates}
     shape |= {"backward": backward, "element": element, "tensor_cores": tensor_cores}
     return _C.cuda_plan(**shape, **device, **options)
 
@@ -276,7 +274,7 @@ def host_device(request):
 
 def device_plan(backward=False, name="lstm", dtype=torch.bfloat16, N=16, H=40, layers=1, directions=1):
     op = getattr(getattr(torch.ops, helpers.NAMESPACE), f"{name}_plan")
-    facts = {"T": 100, "N": N, "H": H, "P": H, "directions": directions, "projected": False}
+    facts = {"N": N, "H": H, "P": H, "directions": directions, "projected": False}
     return explanation._device_plan(op, torch.empty(0, dtype=dtype), facts, False, layers, backward)
 
 

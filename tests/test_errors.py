@@ -354,6 +354,20 @@ def test_the_state_of_a_function():
             fusedrnn.functional.lstm(torch.randn(T, N, I), weights, wrong)
 
 
+def test_weights_that_are_no_matrices():
+    w_ih, w_hh, *biases = fusedrnn.GRU(I, H).parameters()
+    for wrong in ((w_ih[:, 0], w_hh), (w_ih, w_hh[0])):
+        with pytest.raises(RuntimeError, match="expected w_ih and w_hh to have 2 dimensions"):
+            fusedrnn.functional.gru(torch.randn(T, N, I), [*wrong, *biases])
+
+
+@pytest.mark.parametrize("dropout", [-0.5, 1.5, float("nan")])
+def test_dropout_that_is_no_probability(dropout):
+    weights = list(fusedrnn.GRU(I, H, num_layers=2).parameters())
+    with pytest.raises(ValueError, match="expected a dropout of 0 to 1"):
+        fusedrnn.functional.gru(torch.randn(T, N, I), weights, num_layers=2, dropout=dropout, training=True)
+
+
 def test_weights_of_an_iterator():
     module, x = fusedrnn.GRU(I, H), torch.randn(T, N, I)
     assert torch.equal(fusedrnn.functional.gru(x, module.parameters())[0], module(x)[0])
@@ -371,6 +385,14 @@ def test_module_works_after_an_error(name, kind):
         with pytest.raises((RuntimeError, ValueError)):
             module(wrong)
     assert torch.equal(module(x)[0], before)
+
+
+def test_refused_lengths_draw_no_random_numbers():
+    module = fusedrnn.GRU(I, H, num_layers=2, dropout=0.5)
+    before = torch.get_rng_state()
+    with pytest.raises(RuntimeError, match="length"):
+        module(torch.randn(T, N, I, generator=torch.Generator()), lengths=[T + 1] * N)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_this_file_can_fail():

@@ -42,6 +42,15 @@ def test_ranges(grad, num_layers, ranges, device):
     }
 
 
+@pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
+def test_ranges_of_cells(grad, ranges, device):
+    cell, x, h = fusedrnn.GRUCell(4, 6, device=device), torch.randn(3, 4, device=device), torch.randn(3, 6)
+    for states in ((), (h.to(device),)):
+        with torch.set_grad_enabled(grad):
+            found = names(lambda states=states: cell(x, *states))
+        assert {name: n for name, n in found.items() if "layer" in name} == {"fusedrnn gru layer 0": 1}
+
+
 def test_ranges_leave_results_alone(ranges, device):
     module, x = fusedrnn.LSTM(4, 6, device=device), torch.randn(5, 3, 4, device=device)
     found, _ = module(x)
@@ -67,6 +76,13 @@ def test_explain(threads, capability, capsys):
     assert f"{capability} instructions" in printed
     assert f"{threads} of {threads}: 157,286,400 multiply-adds" in printed.splitlines()[2]
     assert ("both directions at once" in printed) == (threads == 2)
+
+
+def test_explain_recompute(capsys):
+    for recompute in (False, True):
+        (found,) = fusedrnn.explain(fusedrnn.GRU(4, 6, recompute=recompute), (5, 2, 4))
+        assert found["recompute"] == recompute
+        assert ("training: by chunks" in capsys.readouterr().out) == recompute
 
 
 def test_explain_small_and_large():
@@ -136,7 +152,7 @@ H200 = {"processors": 132, "shared_bytes": 227 * 1024, "cluster_blocks": 16}
 def on_a_gpu(facts, device=H200, layers=1):
     """What is said of a device that isn't here."""
     dtype = getattr(torch, facts["dtype"])
-    shape = {name: facts[name] for name in ("T", "N", "H", "P", "directions", "projected")}
+    shape = {name: facts[name] for name in ("N", "H", "P", "directions", "projected")}
     shape |= {"gates": 4, "element": dtype.itemsize, "tensor_cores": dtype.itemsize == 2}
     plan = lambda backward: _C.cuda_plan(**shape, **device, backward=backward, layers=layers)  # noqa: E731
     return {**facts, **explanation._cuda_plan(dtype, False, plan)}
@@ -144,7 +160,7 @@ def on_a_gpu(facts, device=H200, layers=1):
 
 def test_explain_a_gpu():
     facts = {"T": 100, "N": 16, "I": 512, "H": 512, "P": 512, "directions": 1, "projected": False}
-    facts |= {"layer": 0, "device": "cuda:0", "cell": "lstm", "dtype": "bfloat16"}
+    facts |= {"layer": 0, "device": "cuda:0", "cell": "lstm", "dtype": "bfloat16", "recompute": False}
     assert explanation._words(on_a_gpu(facts)) == [
         "layer 0: lstm, bfloat16, T 100, N 16, I 512, H 512, on cuda:0",
         "  math:     tensor cores",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import os
 import re
 import runpy
 import shutil
@@ -111,6 +112,22 @@ def test_cpu_capability():
     assert _C.cpu_capability() == before
 
 
+def test_cpu_capability_of_the_environment():
+    """It is the highest one to use; a name that is none is said to be."""
+
+    def run(name):
+        program = [sys.executable, "-c", "import fusedrnn; print(fusedrnn._C.cpu_capability())"]
+        environment = {**os.environ, "FUSEDRNN_CPU_CAPABILITY": name}
+        done = subprocess.run(program, env=environment, check=True, capture_output=True, text=True)
+        return done.stdout.strip(), done.stderr
+
+    assert run("default") == ("default", "")
+    best, said = run(_C.build_info()["cpu_capabilities"][-1])
+    assert (best in _C.build_info()["cpu_capabilities"], said) == (True, "")
+    found, said = run("sse9")
+    assert found == best and "FUSEDRNN_CPU_CAPABILITY: 'sse9' is none" in said
+
+
 @pytest.mark.parametrize(
     ("version", "cuda", "has_cuda"),
     [("2.10.0", None, False), ("2.13.0+cpu", None, False), ("3.0.1+cu130", "13.0", True)],
@@ -187,6 +204,18 @@ def test_no_nvcc(toolchain, tmp_path, monkeypatch):
     assert "can't compile for 8.0;9.0a" in toolchain.find_nvcc(compiler)
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "Hopper")
     assert "'Hopper' is no number" in refusal(toolchain.find_nvcc, compiler)
+
+
+def test_architectures_that_are_too_old(toolchain, monkeypatch, capsys):
+    """A container's list may have some: they are left out, unless there is no other."""
+    monkeypatch.setattr(toolchain, "run", lambda command: "release 12.4")
+    monkeypatch.setattr(toolchain.shutil, "which", lambda name, path: "/usr/bin/nvcc")
+    compiler = toolchain.Compiler(["c++"], "gcc 12.2", True)
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "5.2 7.5 8.0 9.0a+PTX 12.0+PTX")
+    assert toolchain.find_nvcc(compiler).archs == ["8.0", "9.0a+PTX", "12.0+PTX"]
+    assert "not building for 5.2;7.5:" in capsys.readouterr().out
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.0;7.5+PTX")
+    assert "none of 7.0;7.5+PTX is 8.0 or higher" in refusal(toolchain.find_nvcc, compiler)
 
 
 def test_cuda_arch_flags(toolchain):

@@ -307,6 +307,28 @@ def test_cells_keep_nothing_of_a_transform(device):
     assert not is_functorch_wrapped_tensor(cells._one_step[91])
 
 
+def test_tensors_that_have_left_their_transform(device):
+    """They are plain tensors to layers: what made them is no part of the graph."""
+    module, leaked = fusedrnn.GRU(3, 4, device=device), []
+
+    def leaking(x):
+        leaked.append(x * 2)
+        return leaked[-1].sum()
+
+    x = torch.randn(5, 2, 3, device=device)
+    func_grad(leaking)(x)
+    for _ in range(2):  # a graph could go through the leak once
+        module(leaked[0])[0].sum().backward()
+    found = [p.grad / 2 for p in module.parameters()]
+    module.zero_grad()
+    module(x * 2)[0].sum().backward()
+    torch.testing.assert_close(found, [p.grad for p in module.parameters()])
+    vmap(leaking)(x)
+    for grad_mode in (torch.enable_grad(), torch.no_grad()):
+        with grad_mode, pytest.raises(RuntimeError):
+            module(leaked[1])
+
+
 def test_dropout_of_mapped_entries(device):
     """The mapped entries get masks of their own, or the same, as vmap is told."""
     module = fusedrnn.GRU(3, 4, num_layers=2, dropout=0.5, device=device)

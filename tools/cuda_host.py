@@ -73,7 +73,7 @@ def build(lib: Path, sanitize: str, sources: Path, folder: Path) -> Path:
     """The library, linked with the libfusedrnn.so in ``lib``."""
     torch, compiler = find_torch(), find_compiler()
     host = ROOT / "tests/cuda_host"
-    flags = [*FLAGS, *DEFINES, "-O1" if sanitize else "-O2", *sanitizers(sanitize)]
+    flags = [*FLAGS, *DEFINES, "-Og" if sanitize else "-O2", *sanitizers(sanitize)]
     flags += ["-include", str(sources / "csrc/torch_errors.h")]
     command = [*compiler.command, *flags, "-isystem", str(torch.folder / "include"), "-iquote", str(host)]
     units = [sources / "csrc/ops.cpp", *sorted((sources / "csrc/cuda").glob("*.cu")), *sorted(host.glob("*.cpp"))]

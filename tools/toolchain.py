@@ -195,6 +195,11 @@ def find_nvcc(compiler: Compiler) -> Nvcc | str:
             archs.append("9.0+PTX")
     if bad := [arch for arch in archs if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", arch)]:
         fail(f"TORCH_CUDA_ARCH_LIST: {bad[0]!r} is no number such as 8.0, 9.0a or 12.0+PTX")
+    if old := [arch for arch in archs if float(re.sub(r"[^\d.]", "", arch)) < 8]:  # lists of containers for anything
+        print(f"fusedrnn: not building for {';'.join(old)}: its kernels need compute capability 8.0 or higher")
+        archs = [arch for arch in archs if arch not in old]
+        if not archs:
+            fail(f"TORCH_CUDA_ARCH_LIST: none of {';'.join(old)} is 8.0 or higher")
     command = [path, "-ccbin", next((word for word in compiler.command if "++" in word), compiler.command[0])]
     probe = [*command, "-std=c++20", *cuda_arch_flags(archs), "-x", "cu", "-c", os.devnull, "-o", os.devnull]
     if run(probe) is None:

@@ -1,6 +1,7 @@
 #include "capability.h"
 
 #include <atomic>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 
@@ -80,6 +81,9 @@ int named(const char* name) {
 int initial() {
   const char* name = std::getenv("FUSEDRNN_CPU_CAPABILITY");
   const int wanted = name ? named(name) : -1;
+  if (name && wanted < 0)
+    std::fprintf(stderr, "fusedrnn: FUSEDRNN_CPU_CAPABILITY: '%s' is none of this build's, %s to %s; using %s\n", name,
+                 capabilities[0].name, capabilities[count - 1].name, capabilities[best()].name);
   return wanted >= 0 && wanted < best() ? wanted : best();
 }
 

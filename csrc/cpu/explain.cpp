@@ -27,8 +27,7 @@ CpuExplanation explain(const CpuLayer& l, CellKind kind, int gates) {
   e.max_threads = max_threads();
   e.multiply_adds = layer_multiply_adds(l.T * l.N, l.directions, gates, l.H, l.I, l.P);
   e.threads = plan_threads(e.max_threads, e.multiply_adds);
-  const Forward<S> directions[2] = {direction, direction};
-  e.plan = cpu_kernels().of<S>(kind).plan(directions, l.directions, e.threads);
+  e.plan = cpu_kernels().of<S>(kind).plan(direction, int(l.directions), e.threads);
   return e;
 }
 

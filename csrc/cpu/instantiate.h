@@ -1,6 +1,8 @@
 // Defines the tables of kernels of one instruction set. Included once by each kernels_<instruction set>.cpp.
 #pragma once
 
+#include <optional>
+
 #include "../cells/gru.h"
 #include "../cells/lstm.h"
 #include "../cells/rnn.h"
@@ -12,8 +14,8 @@ namespace fusedrnn::FUSEDRNN_ISA {
 
 // Calls run(pass, its team's member) for each direction: both at once on half of the team each, or one after the other.
 template <class Pass, class Run>
-void run_directions(Pass** passes, int count, const Member& me, Barrier* half_barriers, Run run) {
-  if (count == 2 && me.size % 2 == 0) {
+void run_directions(std::optional<Pass>* passes, int count, const Member& me, Barrier* half_barriers, Run run) {
+  if (both_at_once(count, me.size)) {
     const int half = me.size / 2, direction = me.id / half;
     run(*passes[direction], Member{me.id % half, half, half_barriers + direction});
   } else {
@@ -24,15 +26,13 @@ void run_directions(Pass** passes, int count, const Member& me, Barrier* half_ba
 template <class Cell, class S, bool save>
 void forward_directions(const Forward<S>* p, int count, int threads) {
   using Pass = ForwardPass<Cell, S, save>;
-  alignas(Pass) char memory[2][sizeof(Pass)];
-  Pass* passes[2];
+  std::optional<Pass> passes[2];
   Barrier half_barriers[2];
-  for (int d = 0; d < count; ++d) passes[d] = new (memory[d]) Pass(p[d], threads);
+  for (int d = 0; d < count; ++d) passes[d].emplace(p[d], threads);
   run_team(threads, [&](Member me) {
     [[maybe_unused]] const MatrixUnit<S> in_use;
     run_directions(passes, count, me, half_barriers, [](Pass& pass, const Member& member) { pass.run(member); });
   });
-  for (int d = 0; d < count; ++d) passes[d]->~Pass();
 }
 
 template <class Cell, class S>
@@ -46,12 +46,11 @@ void forward(const Forward<S>* p, int count, int threads) {
 template <class Cell, class S>
 void backward(const Backward<S>* p, int count, int threads) {
   using Pass = BackwardPass<Cell, S>;
-  alignas(Pass) char memory[2][sizeof(Pass)];
-  Pass* passes[2];
+  std::optional<Pass> passes[2];
   Barrier half_barriers[2];
   int64_t chunks = 0;
   for (int d = 0; d < count; ++d) {
-    passes[d] = new (memory[d]) Pass(p[d], threads);
+    passes[d].emplace(p[d], threads);
     chunks = std::max(chunks, passes[d]->chunks());
   }
   run_team(threads, [&](Member me) {
@@ -67,13 +66,14 @@ void backward(const Backward<S>* p, int count, int threads) {
     }
     for (int d = 0; d < count; ++d) passes[d]->finish(me);
   });
-  for (int d = 0; d < count; ++d) passes[d]->~Pass();
 }
 
 template <class Cell, class S>
-ForwardPlan plan(const Forward<S>* p, int count, int threads) {
-  const bool both_at_once = count == 2 && threads % 2 == 0;
-  return ForwardPass<Cell, S, false>(*p, threads).plan(both_at_once ? threads / 2 : threads);
+ForwardPlan plan(const Forward<S>& p, int count, int threads) {
+  const bool both = both_at_once(count, threads);
+  ForwardPlan plan = ForwardPass<Cell, S, false>(p, threads).plan(both ? threads / 2 : threads);
+  plan.both_at_once = both;
+  return plan;
 }
 
 template <class Cell, class S>

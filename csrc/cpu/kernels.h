@@ -14,8 +14,8 @@ struct LayerKernels {
   // All directions of a layer, on up to `threads` threads.
   void (*forward)(const Forward<S>* directions, int count, int threads);
   void (*backward)(const Backward<S>* directions, int count, int threads);
-  // What `forward` would do without saving, for the first direction.
-  ForwardPlan (*plan)(const Forward<S>* directions, int count, int threads);
+  // What `forward` would do without saving, for so many directions like this one.
+  ForwardPlan (*plan)(const Forward<S>& direction, int count, int threads);
 };
 
 // An instruction set's; each is [cell_kinds].

@@ -25,6 +25,8 @@ constexpr bool keeps = true;
 
 class Kept {
  public:
+  Kept() { memories_.reserve(kept_bytes / least + 1); }  // so that keep() never throws: destructors call it
+
   // The smallest that has `size` bytes and not many more; or null.
   Memory take(size_t size) {
     if (size < least) return {};

@@ -46,10 +46,14 @@ inline int plan_threads(int available, double multiply_adds) {
   return int(std::clamp(multiply_adds / multiply_adds_per_thread, 1.0, double(available)));
 }
 
+// Whether a layer's directions run at the same time, each on half of the threads.
+constexpr bool both_at_once(int directions, int threads) { return directions == 2 && threads % 2 == 0; }
+
 // How the forward pass of a direction runs.
 struct ForwardPlan {
   Split split;
   bool packed;  // the weights are rewritten in panels
+  bool both_at_once = false;
 };
 
 }  // namespace fusedrnn

@@ -26,7 +26,7 @@ inline Tensor stacked(const Layer& l, const std::vector<Tensor>& weights, int64_
 template <class Math>
 PlanRequest request(const Layer& l, bool backward) {
   constexpr int64_t element = sizeof(typename Math::Storage);
-  return {l.T, l.N, l.H, l.P, int(l.directions), int(l.gates), backward, element, Math::resident, l.projected};
+  return {l.N, l.H, l.P, int(l.directions), int(l.gates), backward, element, Math::resident, l.projected};
 }
 
 // What both passes of a layer need on their device.

@@ -111,15 +111,15 @@ using PlanResult = std::tuple<std::string, std::string, std::vector<int64_t>>;
 
 // The plan that the device of `like`, a tensor of the layer's dtype, takes for one of so many layers.
 template <class Cell>
-PlanResult plan_op(const Tensor& like, int64_t T, int64_t N, int64_t H, int64_t P, int64_t directions, bool backward,
+PlanResult plan_op(const Tensor& like, int64_t N, int64_t H, int64_t P, int64_t directions, bool backward,
                    bool projected, int64_t layers, bool tf32) {
-  STD_TORCH_CHECK(std::min({T, N, H, P, layers}) > 0 && (directions == 1 || directions == 2),
+  STD_TORCH_CHECK(std::min({N, H, P, layers}) > 0 && (directions == 1 || directions == 2),
                   "fusedrnn: plan: expected positive sizes, and 1 or 2 directions");
   const OnDevice device(like.get_device_index());
   return with_math(like.scalar_type(), tf32, [&](auto math) {
     using Math = decltype(math);
     const PlanRequest request{
-        T, N, H, P, int(directions), Cell::gates, backward, sizeof(typename Math::Storage), Math::resident, projected};
+        N, H, P, int(directions), Cell::gates, backward, sizeof(typename Math::Storage), Math::resident, projected};
     const Plan plan = find_plan<Cell, Math>(request, int(layers));
     return PlanResult{plan.name,
                       plan.reason,

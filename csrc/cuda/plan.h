@@ -12,7 +12,7 @@
 namespace fusedrnn::cuda {
 
 struct PlanRequest {
-  int64_t T, N, H, P;  // P: the size of h
+  int64_t N, H, P;  // P: the size of h
   int directions, gates;
   bool backward;
   int64_t element;    // bytes of a weight

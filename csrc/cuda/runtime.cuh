@@ -28,6 +28,7 @@ using Stream = cudaStream_t;
 
 inline void check(cudaError_t error, const char* what) {
   if (error != cudaSuccess) {
+    (void)cudaGetLastError();  // or torch would find it at its next launch
     throw std::runtime_error("fusedrnn: " + std::string(what) + ": " + cudaGetErrorString(error));
   }
 }
