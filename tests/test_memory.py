@@ -2,6 +2,7 @@
 
 import gc
 import pickle
+import subprocess
 import sys
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -149,12 +150,34 @@ def test_large_results_take_the_place_of_earlier_ones(device):
 def test_memory_is_released():
     """What results had, once they are gone; no more than once."""
     fusedrnn.release_memory()
-    y, _ = fusedrnn.LSTM(8, 64)(torch.randn(1100, 16, 8))
+    y, _ = fusedrnn.LSTM(8, 64)(torch.randn(400, 16, 8))
     size = y.untyped_storage().nbytes()
     assert fusedrnn.release_memory() < size, "y is still there"
     del y, _
     assert fusedrnn.release_memory() > 6 * size, "of y, c and the gates"
     assert fusedrnn.release_memory() == 0
+
+
+@linux
+@pytest.mark.skipif(torch.__version__ < (2, 11), reason="torch makes no tensor of our memory")
+@pytest.mark.parametrize("N, T, H", [(8, 64, 256), (16, 128, 256)])
+def test_steady_training_takes_no_fresh_memory(N, T, H):
+    """Of results of a few hundred KB or MB, malloc gives some back to the system at every step, as it happens."""
+    program = f"""
+import resource, torch, fusedrnn
+torch.set_num_threads(1)
+modules, x = [fusedrnn.LSTM({H}, {H}), fusedrnn.GRU({H}, {H})], torch.randn({T}, {N}, {H}, requires_grad=True)
+for module in modules:
+    for step in range(15):
+        if step == 5:
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        module(x)[0].sum().backward()
+        module.zero_grad()
+        x.grad = None
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    assert faults < 200, f"{{faults}} in 10 steps"
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 @linux

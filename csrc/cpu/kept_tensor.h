@@ -17,10 +17,9 @@ namespace fusedrnn {
 // Uninitialised and contiguous, of type S (dtype says the same), on the CPU.
 template <class S>
 Tensor empty_kept(const std::vector<int64_t>& shape, ScalarType dtype, const Tensor& like) {
-  constexpr size_t least = 4 << 20;
   size_t bytes = sizeof(S);
   for (int64_t n : shape) bytes *= size_t(n);
-  if (bytes < least || !torch_from_blob) return empty(shape, dtype, like);
+  if (bytes < least_kept_bytes || !torch_from_blob) return empty(shape, dtype, like);
   const auto release = [](Memory* memory) { give_back(*memory), delete memory; };
   std::unique_ptr<Memory, decltype(release)> memory(new Memory(take_memory(bytes)), release);
   AtenTensorHandle handle;

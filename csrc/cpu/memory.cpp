@@ -25,11 +25,11 @@ constexpr bool keeps = true;
 
 class Kept {
  public:
-  Kept() { memories_.reserve(kept_bytes / least + 1); }  // so that keep() never throws: destructors call it
+  Kept() { memories_.reserve(kept_bytes / least_kept_bytes + 1); }  // so that keep() never throws: destructors call it
 
   // The smallest that has `size` bytes and not many more; or null.
   Memory take(size_t size) {
-    if (size < least) return {};
+    if (size < least_kept_bytes) return {};
     const std::unique_lock lock(mutex_, std::try_to_lock);
     if (!lock) return {};
     size_t best = memories_.size();
@@ -46,7 +46,7 @@ class Kept {
 
   // False if it is not kept. The oldest make room.
   bool keep(Memory memory) {
-    if (!keeps || memory.size < least || memory.size > kept_bytes) return false;
+    if (!keeps || memory.size < least_kept_bytes || memory.size > kept_bytes) return false;
     const std::unique_lock lock(mutex_, std::try_to_lock);
     if (!lock) return false;
     total_ += memory.size;
@@ -68,8 +68,7 @@ class Kept {
   }
 
  private:
-  static constexpr size_t least = 256 * 1024;  // less than that malloc keeps itself
-  std::mutex mutex_;                           // only tried: a child forked while it was held must not wait for it
+  std::mutex mutex_;  // only tried: a child forked while it was held must not wait for it
   std::vector<Memory> memories_;
   size_t total_ = 0;
 };

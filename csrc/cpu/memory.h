@@ -14,6 +14,8 @@ struct Memory {
 // How much the whole process keeps at most. Of large pieces the system may take the pages back when it is short of
 // memory.
 constexpr size_t kept_bytes = size_t(512) << 20;
+// Pieces of less are malloc's to keep. Of more it keeps some, and gives the others back, as it happens.
+constexpr size_t least_kept_bytes = 256 << 10;
 
 // At least so many bytes, uninitialised, aligned to 64 bytes, or, if there are several of them, to huge pages. Throws
 // std::runtime_error if there is no memory.
