@@ -46,7 +46,7 @@ def _stack_backward(
     dy: Any, dh_n: Any, dc_n: Any, x: Shape, h0: Any, c0: Any, weights: Sequence[Shape],
     layers: int, chunk: int, y: Any, saved: Any, needs: Sequence[int], *_: Any, **__: Any,
 ) -> int:  # fmt: skip
-    masks, own = stacked.layer_needs(needs, layers), stacked.of_layers(weights, layers)
+    masks, own = stacked.layer_needs(needs, layers), ops.of_layers(weights, layers)
     rows = math.prod(x[:-1])
     return sum(_layer_backward(rows, w, 1, mask) for w, mask in zip(own, masks, strict=True) if mask)
 

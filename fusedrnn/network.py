@@ -142,16 +142,14 @@ def stack(
         h0, c0 = (*(states or ()), None, None)[:2]
         y, h_n, c_n = stacked.run(cell, x, h0, c0, weights, num_layers)
         return (y,), (h_n, c_n)[: ops.STATES[cell]]
-    count = len(weights) // num_layers
     finals: list[States] = []
-    for k in range(num_layers):
+    for k, own_weights in enumerate(ops.of_layers(weights, num_layers)):
         if k > 0 and dropout > 0:
             x = torch.dropout(x, dropout, True)
         own: States = states or ()
         if num_layers > 1:
             own = tuple([s[k * directions : (k + 1) * directions] for s in own])
         h0, c0 = (*own, None, None)[:2]
-        own_weights = weights[k * count : (k + 1) * count]
         wanted = every_c and k == num_layers - 1
         arguments = (cell, x, h0, c0, own_weights, batch_sizes, directions, wanted, recompute)
         results = in_range(cell, k, layer, arguments) if ranges_enabled() else traceable_layer(*arguments)

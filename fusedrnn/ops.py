@@ -43,7 +43,7 @@ import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -54,6 +54,8 @@ CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}  # G, rows of w_ih per hidden unit
 STATES = {"lstm": 2, "gru": 1, "rnn_tanh": 1, "rnn_relu": 1}  # h, or h and c
 SAVED = {"lstm": 4, "gru": 4, "rnn_tanh": 0, "rnn_relu": 0}  # S, values kept per hidden unit
+
+_Item = TypeVar("_Item")
 
 _LIB = Path(__file__).parent / "lib"
 
@@ -98,6 +100,14 @@ def infer(
     if x.is_cpu:
         return inference[cell](x, h0, c0, weights, batch_sizes, directions)
     return eager[cell](x, h0, c0, weights, batch_sizes, directions, False, tf32(x))
+
+
+def of_layers(weights: Sequence[_Item], layers: int) -> list[Sequence[_Item]]:
+    """What each layer of a stack has of the weights, or of something for each of them."""
+    if layers < 1 or not weights or len(weights) % layers:
+        raise RuntimeError(f"fusedrnn: weights: expected as many for each of {layers} layers, got {len(weights)}")
+    count = len(weights) // layers
+    return [weights[k * count : (k + 1) * count] for k in range(layers)]
 
 
 def _fake_batch(x: Tensor, h0: Tensor | None, batch_sizes: Tensor | None) -> int | torch.SymInt:
@@ -215,13 +225,11 @@ def _advance(
     y: Tensor,
 ) -> None:
     """An advance op by its forward op."""
-    if layers < 1 or len(weights) % layers:
-        raise RuntimeError(f"fusedrnn: layers, weights: got {layers} and {len(weights)}")
-    count, finals = len(weights) // layers, []
+    finals = []
     with torch.no_grad():
-        for k in range(layers):
-            own = [None if s is None else s[k : k + 1] for s in (h, c)]
-            arguments = (x, *own, weights[k * count : (k + 1) * count], batch_sizes, 1, False, tf32(x))
+        for k, own in enumerate(of_layers(weights, layers)):
+            states = [None if s is None else s[k : k + 1] for s in (h, c)]
+            arguments = (x, *states, own, batch_sizes, 1, False, tf32(x))
             x, *states = forward[cell](*arguments)[: 1 + STATES[cell]]
             finals.append(states)
         _check("y", y, x, x.shape)

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,8 +28,6 @@ from torch.autograd import forward_ad
 from . import autograd, ops, vmap
 from .errors import raises_out_of_memory
 from .profiling import ranges_enabled
-
-_Item = TypeVar("_Item")
 
 CHUNK = 64  # steps; of fewer, starting a launch would take as long as the wave wins
 
@@ -47,7 +45,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     _check_states(layers, h0, c0)
     results = []
-    for k, own in enumerate(of_layers(weights, layers)):
+    for k, own in enumerate(ops.of_layers(weights, layers)):
         results.append(ops.forward[cell](x, _layer(h0, k), _layer(c0, k), own, None, 1, save, tf32))
         x = results[-1][0]
     ys, h_n, c_n, gates, cells = map(list, zip(*results, strict=True))
@@ -71,7 +69,7 @@ def _backward(
     needs: Sequence[int],
     tf32: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    own = of_layers(weights, layers)
+    own = ops.of_layers(weights, layers)
     _check_states(layers, h0, c0, dh_n, dc_n)
     if len(saved) + 1 != 3 * layers or len(needs) != layers:
         raise RuntimeError(
@@ -109,13 +107,6 @@ def _layer(state: Tensor | None, k: int) -> Tensor | None:
     return None if state is None or state.numel() == 0 else state[k : k + 1]
 
 
-def of_layers(weights: Sequence[_Item], layers: int) -> list[Sequence[_Item]]:
-    if layers < 1 or not weights or len(weights) % layers:
-        raise RuntimeError(f"fusedrnn: weights: expected as many for each of {layers} layers, got {len(weights)}")
-    count = len(weights) // layers
-    return [weights[k * count : (k + 1) * count] for k in range(layers)]
-
-
 class StackedLayers(autograd._Function):
     """``apply(cell, layers, x, h0, c0, *weights) -> y, h_n, c_n, *saved``; no gradient goes through ``saved``.
 
@@ -147,7 +138,7 @@ class StackedLayers(autograd._Function):
         if torch.is_grad_enabled() or vmap.is_legacy(dy, dh_n, dc_n):
             return None, None, *_gradients_by_layers(cell, layers, tensors, needed, dy, dh_n, dc_n)
         x, h0, c0, *weights = tensors
-        masks = [sum([8 << i for i, need in enumerate(own) if need]) for own in of_layers(needed[3:], layers)]
+        masks = [sum([8 << i for i, need in enumerate(own) if need]) for own in ops.of_layers(needed[3:], layers)]
         masks[0] |= sum([1 << bit for bit, need in enumerate(needed[:3]) if need])
         dc_n = dc_n if ops.STATES[cell] == 2 else None
         dx, dh0, dc0, dweights = backward[cell](
@@ -169,7 +160,7 @@ def _gradients_by_layers(
         aliases: list[Any] = [autograd._alias(t) for t in tensors]
         x, h0, c0, *weights = aliases
         finals = []
-        for k, own in enumerate(of_layers(weights, layers)):
+        for k, own in enumerate(ops.of_layers(weights, layers)):
             x, h_n, c_n, *_ = autograd.apply(cell, 1, None, False, x, _layer(h0, k), _layer(c0, k), *own)
             finals.append((h_n, c_n))
         outputs = (x, *map(torch.cat, zip(*finals, strict=True)))
