@@ -58,7 +58,7 @@ class _Cell(torch.nn.RNNCellBase):
             c0 = None if c is None else c.unsqueeze(0)
             # Not y: that is kept for backward, and mustn't change.
             _, h_n, c_n, _, _ = layer(cell, x, h.unsqueeze(0), c0, self._weights(), sizes, 1)
-            return (h_n.squeeze_(0),) if c is None else (h_n.squeeze_(0), c_n.squeeze_(0))
+            return (_of_step(h_n),) if c is None else (_of_step(h_n), _of_step(c_n))
         return None
 
     def _step(self, cell: str, input: Tensor, states: States | None) -> States:
@@ -74,8 +74,12 @@ class _Cell(torch.nn.RNNCellBase):
         x = input[(None,) * lead]
         weights = self._weights_by_name() if _is_compiling() else self._weights()
         _, finals = stack(cell, x, states, weights, None, 1, 1, 0.0)
-        # As torch.nn's, the state of a batch is no view: it may be detached in place.
-        return tuple([s.squeeze_(0) if lead == 1 else s[0, 0] for s in finals])
+        return tuple([_of_step(s) if lead == 1 else s[0, 0] for s in finals])
+
+
+def _of_step(state: Tensor) -> Tensor:
+    """As torch.nn's, it is no view, and may be detached in place (but of a subclass, whose results are views)."""
+    return state.squeeze_(0) if type(state) is Tensor else state.squeeze(0)
 
 
 def _biased(w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None) -> tuple[Tensor, ...]:

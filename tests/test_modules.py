@@ -301,6 +301,34 @@ def test_cell_states_can_be_detached_in_place(name, options, grad):
             s *= torch.ones(HIDDEN, requires_grad=True)
 
 
+class Tagged(torch.Tensor):
+    """A subclass, as libraries for images and points have them."""
+
+
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell"])
+@pytest.mark.parametrize("tagged", ["input", "state"])
+@pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
+def test_tensor_subclasses(name, tagged, grad):
+    x, state = (torch.randn(N, n) for n in (INPUT, HIDDEN))
+    if not name.endswith("Cell"):
+        x, state = x.expand(T, N, INPUT), state[None]
+    if tagged == "input":
+        x = x.as_subclass(Tagged)
+    else:
+        state = state.as_subclass(Tagged)
+    results = []
+    for module in make_pair(name):
+        with torch.set_grad_enabled(grad):
+            found, *_ = module(x, (state, state) if name.startswith("LSTM") else state)
+        found = found[0] if isinstance(found, tuple) else found
+        if grad:
+            found.sum().backward()
+        results.append((found, [p.grad for p in module.parameters()]))
+    (ours, gradients), (theirs, expected) = results
+    assert type(ours) is type(theirs)
+    torch.testing.assert_close((ours, gradients), (theirs, expected))
+
+
 @pytest.mark.parametrize("name, options", CELL_KINDS)
 def test_unrolled_cell(name, options):
     """A loop over time, gradients through all of it, and the second derivative."""
