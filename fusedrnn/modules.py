@@ -126,6 +126,13 @@ class FusedBase(torch.nn.RNNBase):
             self.recompute,
         )
 
+    def _refusal(
+        self, input: Any, hx: Any, lengths: Lengths | None, reset: Tensor | None, error: Exception
+    ) -> Exception:
+        """``error`` in the words of torch.nn, which knows neither lengths nor resets."""
+        theirs = self._torch_forward if lengths is None and reset is None else None
+        return in_torch_words(theirs, self, input, hx, error)
+
 
 class _OneState(FusedBase):
     """RNN and GRU: the state is h alone. Each has a ``forward`` of its own, which Python's errors name."""
@@ -137,8 +144,7 @@ class _OneState(FusedBase):
             (output,), (h_n,) = self._network(input, hx, lengths, reset)
             return output, h_n
         except ARGUMENT_ERRORS as error:
-            theirs = self._torch_forward if lengths is None and reset is None else None
-            raise in_torch_words(theirs, self, input, hx, error) from None
+            raise self._refusal(input, hx, lengths, reset, error) from None
 
 
 class RNN(_OneState):
@@ -351,5 +357,4 @@ class LSTM(FusedBase):
             output, *cell_states = outputs
             return output, (h_n, c_n), *cell_states
         except ARGUMENT_ERRORS as error:
-            theirs = self._torch_forward if lengths is None and reset is None else None
-            raise in_torch_words(theirs, self, input, hx, error) from None
+            raise self._refusal(input, hx, lengths, reset, error) from None
