@@ -169,6 +169,42 @@ void Layer::check_backward(const MaybeTensor& dy, const MaybeTensor& dh_n, const
   check_tensor("dcells", dcells, {rows, directions, H}, y, accumulator());
 }
 
+void Layer::check_tangent(const MaybeTensor& dwx, const MaybeTensor& drh, const MaybeTensor& dy, const MaybeTensor& dh0,
+                          const MaybeTensor& dc0, const Tensor& y, const Tensor& gates_, const Tensor& cells) const {
+  check_linear();
+  check_backward(dy, {}, {}, {}, y, gates_, cells);
+  check_tensor("dwx", dwx, {rows, directions, gates * H}, y, dtype);
+  check_tensor("drh", drh, {rows, directions, gates * H}, y, dtype);
+  check_tensor("dh0", dh0, {directions, N, P}, y, dtype);
+  STD_TORCH_CHECK(has_c || !dc0, "fusedrnn: dc0: expected None, this cell has no c");
+  check_tensor("dc0", dc0, {directions, N, H}, y, dtype);
+}
+
+void Layer::check_linear() const {
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double,
+                  "fusedrnn: x: expected dtype Float or Double, got ", toString(dtype));
+  STD_TORCH_CHECK(H > 0, "fusedrnn: w_ih: expected one hidden unit or more");
+}
+
+void check_curvature(const CurvatureArguments& a, int64_t gates, bool has_c, bool reads_h) {
+  const ScalarType dtype = a.wx.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double,
+                  "fusedrnn: wx: expected dtype Float or Double, got ", toString(dtype));
+  STD_TORCH_CHECK(a.wx.dim() == 2 && a.wx.size(1) % gates == 0, "fusedrnn: wx: expected [rows, ", gates, " * H], got ",
+                  text(a.wx.sizes()));
+  const int64_t rows = a.wx.size(0), width = a.wx.size(1), H = width / gates;
+  const auto check = [&](const char* name, const MaybeTensor& t, int64_t columns) {
+    check_tensor(name, t, {rows, columns}, a.wx, dtype);
+  };
+  check("wx", a.wx, width), check("rh", a.rh, width), check("dwx", a.dwx, width), check("drh", a.drh, width);
+  if (reads_h) check("h", a.h, H), check("dh", a.dh, H);
+  check("upstream_h", a.upstream_h, H), check("dupstream_h", a.dupstream_h, H);
+  for (const auto& [name, t] : {std::pair("c", a.c), std::pair("dc", a.dc), std::pair("upstream_c", a.upstream_c)}) {
+    STD_TORCH_CHECK(has_c || !t, "fusedrnn: ", name, ": expected None, this cell has no c");
+    check(name, t, H);
+  }
+}
+
 bool overlap(const Tensor& a, const Tensor& b) {
   if (a.numel() == 0 || b.numel() == 0) return false;
   const auto begin = [](const Tensor& t) { return static_cast<const char*>(t.data_ptr()); };

@@ -50,6 +50,13 @@ struct FUSEDRNN_EXPORT Layer {
   void check_backward(const MaybeTensor& dy, const MaybeTensor& dh_n, const MaybeTensor& dc_n,
                       const MaybeTensor& dcells, const Tensor& y, const Tensor& gates, const Tensor& cells) const;
 
+  // What the tangent and the adjoint op need: float32 or float64, and a hidden unit.
+  void check_linear() const;
+
+  // The arguments of the tangent op beyond the forward op's.
+  void check_tangent(const MaybeTensor& dwx, const MaybeTensor& drh, const MaybeTensor& dy, const MaybeTensor& dh0,
+                     const MaybeTensor& dc0, const Tensor& y, const Tensor& gates, const Tensor& cells) const;
+
   // The results that an advance op writes; h and c are its states as well.
   void check_advance(const Tensor& h, const MaybeTensor& c, const Tensor& y) const;
 
@@ -67,6 +74,15 @@ struct FUSEDRNN_EXPORT Layer {
                      int64_t saved, bool has_c);
 };
 
+// The tensors of a curvature op, named as in curvature.h.
+struct CurvatureArguments {
+  Tensor wx, rh, h;
+  MaybeTensor c, dwx, drh, dh, dc;
+  Tensor upstream_h;
+  MaybeTensor upstream_c, dupstream_h;
+};
+FUSEDRNN_EXPORT void check_curvature(const CurvatureArguments& a, int64_t gates, bool has_c, bool reads_h);
+
 // Raises a RuntimeError unless all of the tensor lies in its storage: one can be freed, or made smaller, under tensors.
 FUSEDRNN_EXPORT void check_storage(const char* name, const Tensor& t);
 
@@ -76,6 +92,10 @@ bool overlap(const Tensor& a, const Tensor& b);
 // Outputs of the ops.
 using ForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;        // y, h_n, c_n, gates, cells
 using BackwardResult = std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>>;  // dx, dh0, dc0, dweights
+using TangentResult = std::tuple<Tensor, Tensor, Tensor, Tensor>;                // dy, dh_n, dc_n, dcells
+using AdjointResult = std::tuple<Tensor, Tensor>;                                // dh, dc
+// by_wx, by_rh, dby_wx, dby_rh, dby_h, dby_c, dh_after
+using CurvatureResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // Bits of the backward op's `needs`.
 constexpr int64_t need_dx = 1, need_dh0 = 2, need_dc0 = 4, need_first_weight = 8;

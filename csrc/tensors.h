@@ -76,6 +76,15 @@ struct BackwardArguments {
   Tensor y, gates, cells;
 };
 
+// What changes, and the layer's arguments and results where that is, as the tangent op gets them.
+struct TangentArguments {
+  MaybeTensor dwx, drh, dy, dh0, dc0;
+  Tensor x;
+  MaybeTensor h0, c0;
+  std::vector<Tensor> weights;
+  Tensor y, gates, cells;
+};
+
 inline bool nothing_to_do(const Layer& l) { return l.rows == 0 || l.H == 0; }
 
 // No step: the state (or its gradient) stays as it was. No unit: a projection of nothing, which is 0.

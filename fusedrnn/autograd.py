@@ -1,8 +1,8 @@
 """Gradients of a layer: an autograd.Function over the ops, differentiable to any order.
 
-First derivatives always come from the kernels. The gradient of a gradient goes through the eager
-loops of :mod:`fusedrnn.reference`, whose own graph then serves every higher order, and so does
-forward-mode differentiation. :mod:`fusedrnn.vmap` maps all of them.
+First and second derivatives come from the kernels (second ones by :mod:`fusedrnn.second_order`), and
+so does forward mode. Third and higher ones go through the eager loops of :mod:`fusedrnn.reference`,
+whose own graph serves any order. :mod:`fusedrnn.vmap` maps all of them.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_functorch_wrapped_tensor
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor, is_gradtrackingtensor
 from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
 from torch.autograd.function import Function
 
 from . import ops, reference, vmap
 from .errors import raises_out_of_memory
+from .second_order import Linearised, promote
 
-_HALF = (torch.bfloat16, torch.float16)
 _FIXED = 7  # arguments of LayerBackward before dy: constants to its derivative
 _UPSTREAM = 4  # dy, dh_n, dc_n, dcells
 
@@ -146,32 +146,24 @@ class LayerBackward(_Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        cell, directions, batch_sizes, _, _, _, needs, *tensors = inputs
+        cell, directions, batch_sizes, *saved, needs = inputs[:_FIXED]
         ctx.cell, ctx.directions, ctx.needs = cell, directions, needs
         ctx.set_materialize_grads(False)
         keep_batch_sizes(ctx, batch_sizes)
-        ctx.save_for_backward(*tensors)
+        ctx.save_for_backward(*saved, *inputs[_FIXED:])
 
     @staticmethod
+    @raises_out_of_memory
     def backward(ctx: Any, *ggs: Tensor | None) -> tuple[Any, ...]:
-        tensors = ctx.saved_tensors
-        layer = _reference_layer(ctx.cell, ctx.directions, kept_batch_sizes(ctx))
-        needs = ctx.needs_input_grad[_FIXED:]
-        if any(t is not None and is_functorch_wrapped_tensor(t) for t in tensors):
-            # Perhaps of a transform that has ended: then their history is not autograd's to see.
-            gradients, pull = _pullback(_reference_gradients(layer, ctx.needs), tensors, needs)
-            wanted = [gg for gg, need in zip(ggs, ctx.needs, strict=True) if need]
-            second = iter(pull(_zeros_for_none(wanted, gradients)))
+        y, gates, cells, *tensors = ctx.saved_tensors
+        batch_sizes, wanted = kept_batch_sizes(ctx), ctx.needs_input_grad[_FIXED:]
+        if forward_ad._current_level >= 0 or vmap.is_legacy(*ggs):
+            layer = _reference_layer(ctx.cell, ctx.directions, batch_sizes)
+            second = _reference_second(layer, ctx.needs, wanted)(*ggs, *tensors)
         else:
-            with torch.enable_grad():
-                tensors = [_alias(t) for t in tensors]
-                outputs = layer(*tensors[_UPSTREAM:])
-                sources = [t for t, gg in zip(tensors[_UPSTREAM:], ggs, strict=True) if gg is not None]
-                first = _vjp(outputs, [_promote(t) for t in tensors[:_UPSTREAM]], sources, create_graph=True)
-            targets = [t for t, need in zip(tensors, needs, strict=True) if need]
-            ggs = tuple(gg for gg in ggs if gg is not None)
-            second = iter(_vjp(first, ggs, targets, create_graph=torch.is_grad_enabled()))
-        return (None,) * _FIXED + tuple(next(second) if need else None for need in needs)
+            fixed = (ctx.cell, ctx.directions, batch_sizes, y, gates, cells, ctx.needs, wanted)
+            second = LayerSecondBackward.apply(*fixed, *ggs, *tensors)
+        return (None,) * _FIXED + second
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *arguments: Any) -> tuple[Any, Any]:
@@ -188,19 +180,82 @@ class LayerBackward(_Function):
         return vmap.rule(call, size, dims, arguments, places, results, one_by_one=any(needs[3:]))
 
 
+class LayerSecondBackward(_Function):
+    """The gradients of :class:`LayerBackward`. Their own come from eager loops, whose graph serves every higher order.
+
+    ``apply(cell, directions, batch_sizes, y, gates, cells, needs, wanted, *ggs, dy, dh_n, dc_n, dcells, x, h0, c0,
+    *weights)``: ``ggs`` are for LayerBackward's results; of the tensors from ``dy`` on, the gradients that ``wanted``
+    (a bool each) asks for are returned.
+    """
+
+    @staticmethod
+    def forward(
+        cell: str,
+        directions: int,
+        batch_sizes: Tensor | None,
+        y: Tensor,
+        gates: Tensor,
+        cells: Tensor,
+        needs: tuple[bool, ...],
+        wanted: tuple[bool, ...],
+        *tensors: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:
+        count = len(needs)
+        ggs, upstream, arguments = tensors[:count], tensors[count:-count], tensors[-count:]
+        if not Linearised.possible(arguments):
+            reference_layer = _reference_layer(cell, directions, batch_sizes)
+            return _reference_second(reference_layer, needs, wanted)(*tensors)
+        layer = Linearised(cell, directions, batch_sizes, arguments, (y, gates, cells), ggs)
+        of_arguments = wanted[_UPSTREAM:]
+        found = layer.gradients(upstream, of_arguments) if any(of_arguments) else [None] * len(of_arguments)
+        pairs = zip((*layer.results, *found), (*upstream, *arguments), wanted, strict=True)
+        return tuple([g.to(t.dtype) if want else None for g, t, want in pairs])  # type: ignore[union-attr]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        ctx.cell, ctx.directions, batch_sizes, _, _, _, ctx.needs, ctx.wanted, *tensors = inputs
+        ctx.set_materialize_grads(False)
+        keep_batch_sizes(ctx, batch_sizes)
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    @raises_out_of_memory
+    def backward(ctx: Any, *gggs: Tensor | None) -> tuple[Any, ...]:
+        layer = _reference_layer(ctx.cell, ctx.directions, kept_batch_sizes(ctx))
+        wanted = ctx.needs_input_grad[_FIXED + 1 :]
+        second = _reference_second(layer, ctx.needs, ctx.wanted)
+        third = _gradients_of(second, ctx.saved_tensors, gggs, wanted)
+        return (None,) * (_FIXED + 1) + third
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *arguments: Any) -> tuple[Any, Any]:
+        needs, wanted = arguments[_FIXED - 1 : _FIXED + 1]
+        nowhere = (vmap.NOWHERE,) * (len(needs) - 3)
+        layer = (*vmap.STATES, *nowhere)
+        places = (vmap.NOWHERE, vmap.NOWHERE, vmap.SIZES, vmap.ROWS, *vmap.SAVED)
+        places += (vmap.NOWHERE,) * (len(needs) + len(wanted)) + (*layer, *vmap.UPSTREAM, *layer)
+        one_by_one = any(wanted[_UPSTREAM + 3 :])
+        apply = LayerSecondBackward.apply
+        return vmap.rule(apply, info.batch_size, in_dims, arguments, places, (*vmap.UPSTREAM, *layer), one_by_one)
+
+
 class DualLayer(Layer):
     """:class:`Layer` in forward mode; apart, as torch.compile refuses a Function that has a jvp."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         Layer.setup_context(ctx, inputs, output)
-        ctx.save_for_forward(*inputs[4:])
+        y, _, _, gates, cells = output
+        ctx.save_for_forward(y, gates, cells, *inputs[4:])
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Any, ...]:
-        x, *rest = ctx.saved_tensors
-        layer = _reference_layer(ctx.cell, ctx.directions, kept_batch_sizes(ctx))
-        y, h_n, c_n, cells = _jvp(layer, (x, *rest), tangents[4:])
+        fixed, tensors, changes = (ctx.cell, ctx.directions, kept_batch_sizes(ctx)), _primals(ctx), tangents[4:]
+        x, count = tensors[3], len(tensors)
+        if (plain := _plain(*tensors, *changes)) and Linearised.possible(tensors[3:]):
+            y, h_n, c_n, cells = Linearised(*fixed, plain[3:count], plain[:3], plain[count:]).results
+        else:
+            y, h_n, c_n, cells = _jvp(_reference_layer(*fixed), tensors[3:], changes)
         return y.to(x.dtype), h_n.to(x.dtype), c_n.to(x.dtype), None, cells if ctx.every_c else None
 
 
@@ -210,14 +265,48 @@ class DualLayerBackward(LayerBackward):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         LayerBackward.setup_context(ctx, inputs, output)
-        ctx.save_for_forward(*inputs[_FIXED:])
+        ctx.save_for_forward(*inputs[3 : _FIXED - 1], *inputs[_FIXED:])
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Any, ...]:
-        layer = _reference_layer(ctx.cell, ctx.directions, kept_batch_sizes(ctx))
-        gradients = _reference_gradients(layer, ctx.needs)
-        moved = iter(_jvp(gradients, ctx.saved_tensors, tangents[_FIXED:]))
-        return tuple(next(moved) if need else None for need in ctx.needs)
+        fixed, needs, tensors = (ctx.cell, ctx.directions, kept_batch_sizes(ctx)), ctx.needs, _primals(ctx)
+        changes, count = tangents[_FIXED:], len(tensors)
+        plain = _plain(*tensors, *changes)
+        if plain is None or not Linearised.possible(tensors[3 + _UPSTREAM :]):
+            gradients = _only(needs, _reference_gradients(_reference_layer(*fixed), needs))
+            moved = iter(_jvp(gradients, tensors[3:], changes))
+            return tuple(next(moved) if need else None for need in needs)
+        saved, upstream, arguments = plain[:3], plain[3 : 3 + _UPSTREAM], plain[3 + _UPSTREAM : count]
+        of_upstream, of_arguments = plain[count : count + _UPSTREAM], plain[count + _UPSTREAM :]
+        parts = []
+        if any(t is not None for t in of_arguments):
+            parts.append(Linearised(*fixed, arguments, saved, of_arguments).gradients(upstream, needs))
+        if any(t is not None for t in of_upstream):
+            parts.append(LayerBackward.forward(*fixed, *saved, needs, *of_upstream, *arguments))
+        totals = zip(needs, arguments, *parts, strict=True)
+        return tuple(sum(g).to(t.dtype) if need else None for need, t, *g in totals)
+
+
+def _primals(ctx: Any) -> list[Any]:
+    """What was saved for forward mode, without its tangents."""
+    return [None if t is None else forward_ad.unpack_dual(t).primal for t in ctx.saved_tensors]
+
+
+def _plain(*tensors: Tensor | None) -> list[Any] | None:
+    """The tensors without torch.func's wrappers, for ops whose results nothing outside differentiates or maps.
+
+    None if something does.
+    """
+    recorded, plain = torch.is_grad_enabled(), []
+    for t in tensors:
+        while t is not None and is_gradtrackingtensor(t) and not t.requires_grad:
+            t = get_unwrapped(t)
+            if forward_ad.unpack_dual(t).tangent is not None:
+                return None
+        if t is not None and (is_functorch_wrapped_tensor(t) or (recorded and t.requires_grad)):
+            return None
+        plain.append(t)
+    return None if vmap.is_legacy(*plain) else plain
 
 
 def apply(*arguments: Any) -> tuple[Tensor, ...]:
@@ -236,47 +325,47 @@ def _reference_layer(cell: str, directions: int, batch_sizes: Tensor | None) -> 
     """``(x, h0, c0, *weights) -> y, h_n, c_n, cells`` in eager loops, computed in float32 or better."""
 
     def layer(*arguments: Tensor | None) -> tuple[Tensor, ...]:
-        x, h0, c0, *weights = map(_promote, arguments)
+        x, h0, c0, *weights = map(promote, arguments)
         return getattr(reference, cell)(x, h0, c0, weights, batch_sizes, directions)
 
     return layer
 
 
 def _reference_gradients(layer: Callable[..., tuple[Tensor, ...]], needs: Sequence[bool]) -> Callable[..., Any]:
-    """``(dy, dh_n, dc_n, dcells, x, h0, c0, *weights) ->`` the gradients that are needed."""
+    """``(dy, dh_n, dc_n, dcells, x, h0, c0, *weights) ->`` a gradient each of the last, None unless needed."""
 
-    def gradients(*arguments: Tensor | None) -> tuple[Tensor, ...]:
-        outputs, pull = _pullback(layer, arguments[_UPSTREAM:], needs)
-        return pull(_zeros_for_none([_promote(t) for t in arguments[:_UPSTREAM]], outputs))
+    def gradients(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        upstream, arguments = tensors[:_UPSTREAM], tensors[_UPSTREAM:]
+        return _gradients_of(layer, arguments, [promote(t) for t in upstream], needs)
 
     return gradients
 
 
-def _alias(t: Tensor | None) -> Tensor | None:
-    """A new node of the graph for each argument, so that one computed from another, or the same
-    tensor given twice, still gets its own partial derivative."""
-    return t.view_as(t) if t is not None and t.requires_grad else t
+def _reference_second(
+    layer: Callable[..., tuple[Tensor, ...]], needs: Sequence[bool], wanted: Sequence[bool]
+) -> Callable[..., Any]:
+    """``(*ggs, dy, dh_n, dc_n, dcells, x, h0, c0, *weights) ->`` a gradient each from dy on, None unless wanted."""
+
+    def second(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        ggs, rest = tensors[: len(needs)], tensors[len(needs) :]
+        return _gradients_of(_reference_gradients(layer, needs), rest, ggs, wanted)
+
+    return second
 
 
-def _promote(t: Tensor | None) -> Tensor | None:
-    """The kernels accumulate in float32, so the loops standing in for them do."""
-    return t.float() if t is not None and t.dtype in _HALF else t
-
-
-def _vjp(
-    outputs: Sequence[Tensor | None],
+def _gradients_of(
+    function: Callable[..., Sequence[Tensor | None]],
+    arguments: Sequence[Any],
     upstream: Sequence[Tensor | None],
-    inputs: Sequence[Tensor],
-    create_graph: bool,
-) -> Sequence[Tensor | None]:
-    """torch.autograd.grad, passing over outputs without a graph or an upstream gradient."""
-    pairs = [
-        (o, g) for o, g in zip(outputs, upstream, strict=True) if o is not None and g is not None and o.requires_grad
-    ]
-    if not pairs or not inputs:
-        return [None] * len(inputs)
-    used, gradients = zip(*pairs, strict=True)
-    return torch.autograd.grad(used, inputs, gradients, create_graph=create_graph, allow_unused=True)
+    wanted: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """Of ``sum(upstream * function(*arguments))``, in the arguments that are wanted, by torch.func.vjp."""
+    given = [g is not None for g in upstream]
+    if not any(given) or not any(wanted):
+        return (None,) * len(wanted)
+    _, pull = _pullback(_only(given, function), arguments, wanted)
+    found = iter(pull(_kept(given, upstream)))
+    return tuple(next(found) if want else None for want in wanted)
 
 
 def _pullback(function: Callable[..., Any], arguments: Sequence[Any], wanted: Sequence[bool]) -> Any:
@@ -286,11 +375,16 @@ def _pullback(function: Callable[..., Any], arguments: Sequence[Any], wanted: Se
         rest = iter(given)
         return function(*[next(rest) if want else a for a, want in zip(arguments, wanted, strict=True)])
 
-    return torch.func.vjp(partly, *[a for a, want in zip(arguments, wanted, strict=True) if want])
+    return torch.func.vjp(partly, *_kept(wanted, arguments))
 
 
-def _zeros_for_none(upstream: Sequence[Tensor | None], outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    return tuple(torch.zeros_like(o) if g is None else g for g, o in zip(upstream, outputs, strict=True))
+def _only(wanted: Sequence[bool], function: Callable[..., Sequence[Any]]) -> Callable[..., tuple[Any, ...]]:
+    """The function with the wanted results alone."""
+    return lambda *arguments: _kept(wanted, function(*arguments))
+
+
+def _kept(wanted: Sequence[bool], items: Sequence[Any]) -> tuple[Any, ...]:
+    return tuple(item for item, want in zip(items, wanted, strict=True) if want)
 
 
 def _jvp(function: Callable[..., Any], primals: Sequence[Tensor | None], tangents: Sequence[Any]) -> tuple[Tensor, ...]:
@@ -300,7 +394,6 @@ def _jvp(function: Callable[..., Any], primals: Sequence[Tensor | None], tangent
     its derivative is J.
     """
     with forward_ad._set_fwd_grad_enabled(True):  # for a forward mode outside of this one
-        primals = [None if p is None else forward_ad.unpack_dual(p).primal for p in primals]
         results, pull = _pullback(function, primals, [t is not None for t in tangents])
         _, push = _pullback(pull, [tuple(map(torch.zeros_like, results))], [True])
         return push(tuple(t for t in tangents if t is not None))[0]

@@ -20,6 +20,32 @@ gradients asked for: 0 dx, 1 dh0, 2 dc0 (of zero states too, where none were giv
 Whatever is not asked for or does not exist is an empty ``[0]`` tensor. ``tf32`` lets a GPU multiply
 float32 numbers in TensorFloat-32: :func:`tf32`.
 
+Two ops are linear, and each other's transpose: the change of the states with their arguments, and the gradient of a
+loss in every state. Both are for float32 and float64 alone, :mod:`fusedrnn.second_order` uses them::
+
+    <cell>_tangent(Tensor? dwx, Tensor? drh, Tensor? dy, Tensor? dh0, Tensor? dc0,
+                   Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? batch_sizes,
+                   int directions, Tensor y, Tensor gates, Tensor cells, bool tf32=False)
+        -> (Tensor dy, Tensor dh_n, Tensor dc_n, Tensor dcells)
+    <cell>_adjoint(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dcells,
+                   Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? batch_sizes,
+                   int directions, Tensor y, Tensor gates, Tensor cells, bool tf32=False)
+        -> (Tensor dh, Tensor dc)
+
+In these ``dwx [rows, D, G * H]`` is the change of ``wx``, ``drh`` that of ``rh`` as far as it comes from the weights
+alone (at a constant ``h_prev``), the argument ``dy`` that of ``h`` as far as it comes from the projection's weight;
+``dh`` is shaped as y, ``dc`` as cells. Second derivatives are one step's alone: of any steps of one direction,
+``[rows, .]``, ::
+
+    <cell>_curvature(Tensor wx, Tensor rh, Tensor h, Tensor? c, Tensor? dwx, Tensor? drh, Tensor? dh,
+                     Tensor? dc, Tensor upstream_h, Tensor? upstream_c, Tensor? dupstream_h)
+        -> (Tensor by_wx, Tensor by_rh, Tensor dby_wx, Tensor dby_rh, Tensor dby_h, Tensor dby_c,
+            Tensor dh_after)
+
+has the gradients ``by_wx``, ... in the arguments for those after the step, and how these gradients and the h after the
+step (before a projection) change where the arguments and ``upstream_h`` do. ``by_rh`` is empty where it is ``by_wx``,
+``by_h`` is the part that does not flow through rh, empty if there is none.
+
 ``<cell>_inference(Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? batch_sizes, int directions) ->
 Tensor[]`` is the forward op on a CPU without saving, and returns only ``y``, ``h_n`` and the LSTM's ``c_n``.
 
@@ -201,6 +227,30 @@ def _fake_backward(
     return gradient(0, *x.shape), gradient(1, directions, batch, projected), dc0, dweights
 
 
+def _fake_tangent(cell: str, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A tangent op gives what its forward op does, less the gates."""
+    x, h0, c0, weights, batch_sizes, directions = arguments[5:11]
+    y, h_n, c_n, _, cells = _fake_forward(cell, x, h0, c0, weights, batch_sizes, directions, True)
+    return y, h_n, c_n, cells
+
+
+def _fake_adjoint(cell: str, *arguments: Any) -> tuple[Tensor, Tensor]:
+    """An adjoint op's results are shaped as a tangent op's."""
+    x, h0, c0, weights, batch_sizes, directions = arguments[4:10]
+    y, _, _, _, cells = _fake_forward(cell, x, h0, c0, weights, batch_sizes, directions, True)
+    return y, cells
+
+
+def _fake_curvature(cell: str, wx: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    rows, width = wx.shape
+    by_rh = wx.new_empty(wx.shape) if cell == "gru" else wx.new_empty(0)
+    h, c = wx.new_empty(rows, width // GATES[cell]), wx.new_empty(0)
+    if STATES[cell] == 2:
+        c = torch.empty_like(h)
+    by_h = torch.empty_like(h) if cell == "gru" else wx.new_empty(0)
+    return torch.empty_like(wx), by_rh, torch.empty_like(wx), torch.empty_like(by_rh), by_h, c, h
+
+
 def _inference(cell: str, *arguments: Any) -> list[Tensor]:
     """An inference op by its forward op."""
     results = forward[cell](*arguments, False)
@@ -297,6 +347,9 @@ inference = {cell: getattr(torch.ops.fusedrnn, f"{cell}_inference").default._op 
 step = {cell: getattr(torch.ops.fusedrnn, f"{cell}_step").default._op for cell in CELLS}
 advance = {cell: getattr(torch.ops.fusedrnn, f"{cell}_advance").default._op for cell in CELLS}
 backward = {cell: getattr(torch.ops.fusedrnn, f"{cell}_backward").default for cell in CELLS}
+tangent = {cell: getattr(torch.ops.fusedrnn, f"{cell}_tangent").default for cell in CELLS}
+adjoint = {cell: getattr(torch.ops.fusedrnn, f"{cell}_adjoint").default for cell in CELLS}
+curvature = {cell: getattr(torch.ops.fusedrnn, f"{cell}_curvature").default for cell in CELLS}
 segments = torch.ops.fusedrnn.segments.default
 torch.library.register_fake("fusedrnn::segments", _fake_segments)
 torch.library.register_vmap("fusedrnn::segments", _vmap_segments)
@@ -305,6 +358,9 @@ for _cell in CELLS:
     _library.impl(f"{_cell}_advance", torch.library.fallthrough_kernel, "Autograd")
     torch.library.register_fake(f"fusedrnn::{_cell}", partial(_fake_forward, _cell))
     torch.library.register_fake(f"fusedrnn::{_cell}_backward", partial(_fake_backward, _cell))
+    torch.library.register_fake(f"fusedrnn::{_cell}_tangent", partial(_fake_tangent, _cell))
+    torch.library.register_fake(f"fusedrnn::{_cell}_adjoint", partial(_fake_adjoint, _cell))
+    torch.library.register_fake(f"fusedrnn::{_cell}_curvature", partial(_fake_curvature, _cell))
     torch.library.register_fake(f"fusedrnn::{_cell}_inference", partial(_inference, _cell))
     torch.library.register_fake(f"fusedrnn::{_cell}_step", partial(_step, _cell))
     torch.library.impl(f"fusedrnn::{_cell}_step", "CUDA", partial(_step, _cell))

@@ -241,10 +241,13 @@ class BackwardPass {
       V sum{};
       if (in_block) sum = load(block + i * width + v * w);
       if (add_dh) sum += load(dh_ + (n + i) * P + unit, valid);
-      if (!p_.dy.data) return sum;
-      const S* dy = p_.dy.at(shape_, t, n + i) + unit;
-      __builtin_prefetch(dy + rows_ahead * p_.dy.row);
-      return sum + load(dy, valid);
+      if (p_.dy.data) {
+        const S* dy = p_.dy.at(shape_, t, n + i) + unit;
+        __builtin_prefetch(dy + rows_ahead * p_.dy.row);
+        sum += load(dy, valid);
+      }
+      if (p_.dh.data) store(p_.dh.at(shape_, t, n + i) + unit, sum, valid);
+      return sum;
     };
     if (!shape_.projected) return cell(w_hh_, panel, count, chunk, s, n, dh);
     for (int64_t i = 0; i < count; ++i)
@@ -290,6 +293,7 @@ class BackwardPass {
             state.c = load(c + unit, valid);
             d.c = load(dc_ + b * H + unit, valid);
             if (dcells) d.c += load(dcells + unit, valid);
+            if (p_.dc.data) store(p_.dc.at(shape_, t, b) + unit, d.c, valid);
           }
           d.h = dh(i, v, unit, valid);
           const State<V> dprev = Cell::backward(saved, prev, state, d, dwx, drh);

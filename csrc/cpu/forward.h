@@ -2,15 +2,20 @@
 // wx = W_ih x + b_ih, then step by step rh = W_hh h_prev + b_hh and the cell on both, tile by tile.
 #pragma once
 
+#include "../cells/tangent.h"
 #include "recurrence.h"
 
 namespace fusedrnn::FUSEDRNN_ISA {
 
-template <class Cell, class S, bool save>
+enum class Purpose { inference, training, tangent };  // training saves; tangent: see Tangent in params.h
+
+template <class Cell, class S, Purpose purpose>
 class ForwardPass {
   using A = Acc<S>;
   using V = AccVec<S>;
   static constexpr int w = lanes<S>, G = Cell::gates;
+  static constexpr bool save = purpose == Purpose::training;
+  static constexpr bool keeps_c = Cell::has_c && purpose != Purpose::inference;
   static_assert(G <= max_vectors);
 
  public:
@@ -134,7 +139,7 @@ class ForwardPass {
       thread.ldx = I;
     }
     thread.project_in_step = high - low == 1;
-    if (!thread.project_in_step)
+    if (purpose != Purpose::tangent && !thread.project_in_step)
       for (int64_t panel = thread.panels.begin; panel < thread.panels.end; ++panel) project_input(thread, panel);
   }
 
@@ -170,18 +175,21 @@ class ForwardPass {
       for_blocks(r, [&](int64_t b, int64_t count) {
         const int64_t first = b - r.begin;
         thread.w_hh.multiply(panel, count, h_prev + first * ldh, ldh, thread.rh, w_hh_.width());
-        cell(panel, count, wx_of(thread, panel, row + b - n.begin), ldwx(thread), thread.rh, h_prev + first * ldh, ldh,
-             c_prev + first * ldc, ldc, t, b);
+        if constexpr (purpose == Purpose::tangent)
+          cell_tangent(panel, count, thread.rh, h_prev + first * ldh, ldh, c_prev + first * ldc, ldc, t, before,
+                       carried, b);
+        else
+          cell(panel, count, wx_of(thread, panel, row + b - n.begin), ldwx(thread), thread.rh, h_prev + first * ldh,
+               ldh, c_prev + first * ldc, ldc, t, b);
       });
     };
     for (int64_t i = 0; i < thread.panels.size(); ++i) {
       // Back and forth, so that a step begins with the weights that the last one left in the cache.
       const int64_t panel = s % 2 ? thread.panels.end - 1 - i : thread.panels.begin + i;
-      const bool c_saved = save && Cell::has_c;
-      if (thread.project_in_step) project_input(thread, panel);
+      if (purpose != Purpose::tangent && thread.project_in_step) project_input(thread, panel);
       if (thread.w_hh.in_turn) thread.w_hh.pack(panel);
       run_panel(panel, {n.begin, carried}, p_.y.at(shape_, before, n.begin), p_.y.row,
-                c_saved ? p_.cells.at(shape_, before, n.begin) : c_ + n.begin * H, c_saved ? p_.cells.row : H);
+                keeps_c ? p_.cells.at(shape_, before, n.begin) : c_ + n.begin * H, keeps_c ? p_.cells.row : H);
       run_panel(panel, {carried, n.end}, p_.h0 ? p_.h0 + carried * shape_.P : zeros_, p_.h0 ? shape_.P : 0,
                 c_ + carried * H, H);
     }
@@ -196,7 +204,7 @@ class ForwardPass {
     const int vectors = w_hh_.unit_vectors(panel), width = w_hh_.width();
     for (int64_t i = 0; i < count; ++i) {
       S* h_out = shape_.projected ? h_full(t, b + i) : p_.y.at(shape_, t, b + i);
-      A* c_out = save && Cell::has_c ? p_.cells.at(shape_, t, b + i) : c_ + (b + i) * H;
+      A* c_out = keeps_c ? p_.cells.at(shape_, t, b + i) : c_ + (b + i) * H;
       S* saved_out = save && Cell::saved ? p_.gates.at(shape_, t, b + i) : nullptr;
       for (int v = 0; v < vectors; ++v) {
         const int64_t unit = first_unit + v * w;
@@ -219,6 +227,53 @@ class ForwardPass {
     }
   }
 
+  // The change of the state of `count` entries from b at time t and the units of a panel. Entries before `carried` had
+  // a step before, at time `before`.
+  void cell_tangent(int64_t panel, int64_t count, const A* rh, const S* dh_prev, int64_t ldh, const A* dc_prev,
+                    int64_t ldc, int64_t t, int64_t before, int64_t carried, int64_t b) {
+    const Tangent<S>& p = p_.tangent;
+    const int64_t H = shape_.H, first_unit = w_hh_.first_unit(panel);
+    const int vectors = w_hh_.unit_vectors(panel), width = w_hh_.width();
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t n = b + i;
+      const bool starts = n >= carried;
+      const auto row = [&](const auto& rows) { return rows.data ? rows.at(shape_, t, n) : nullptr; };
+      const auto row_before = [&](const auto& rows, auto* start, int64_t width) {
+        if (!starts) return rows.at(shape_, before, n);
+        return start ? start + n * width : nullptr;
+      };
+      const S *dwx = row(p.dwx), *drh = row(p.drh), *dy = shape_.projected ? nullptr : row(p.dy);
+      const S *gates = row(p.at.gates), *h = row(p.at.y), *h_prev = row_before(p.at.y, p.at.h0, shape_.P);
+      const A *c = row(p.at.cells), *c_prev = Cell::has_c ? row_before(p.at.cells, p.at.c0, H) : nullptr;
+      S* dh_out = shape_.projected ? h_full(t, n) : p_.y.at(shape_, t, n);
+      A* dc_out = Cell::has_c ? p_.cells.at(shape_, t, n) : nullptr;
+      for (int v = 0; v < vectors; ++v) {
+        const int64_t unit = first_unit + v * w;
+        with_lanes<w>(H - unit, [&](auto valid) __attribute__((always_inline)) {
+          const auto load_or_zero = [&](const A* from, int64_t at) __attribute__((always_inline)) {
+            return from ? load(from + at + unit, valid) : V{};
+          };
+          V saved[Cell::saved + 1], dwxv[G], drhv[G];
+          for (int k = 0; k < Cell::saved; ++k) saved[k] = load(gates + k * H + unit, valid);
+          for (int g = 0; g < G; ++g) {
+            dwxv[g] = load_or_zero(dwx, g * H);
+            drhv[g] = load(rh + i * width + (v * G + g) * w) + load_or_zero(drh, g * H);
+          }
+          State<V> prev{}, state{}, dprev{};
+          if constexpr (Cell::reads_h) prev.h = load_or_zero(h_prev, 0), state.h = load(h + unit, valid);
+          if constexpr (Cell::carries_h) dprev.h = load(dh_prev + i * ldh + unit, valid);
+          if constexpr (Cell::has_c) {
+            prev.c = load_or_zero(c_prev, 0), state.c = load(c + unit, valid);
+            dprev.c = load(dc_prev + i * ldc + unit, valid);
+          }
+          const State<V> change = tangent<Cell>(saved, prev, state, dwxv, drhv, dprev);
+          store(dh_out + unit, change.h + load_or_zero(dy, 0), valid);
+          if constexpr (Cell::has_c) store(dc_out + unit, change.c, valid);
+        });
+      }
+    }
+  }
+
   // o * tanh(c) of entry n, that a projection takes to h; backward needs it too.
   S* h_full(int64_t t, int64_t n) const {
     return save ? p_.gates.at(shape_, t, n) + Cell::saved * shape_.H : h_full_ + n * shape_.H;
@@ -234,9 +289,11 @@ class ForwardPass {
         w_hr_.multiply(panel, count, h_full(t, b), save ? p_.gates.row : shape_.H, thread.rh, width);
         for (int64_t i = 0; i < count; ++i)
           for (int v = 0; v < w_hr_.unit_vectors(panel); ++v) {
-            const int64_t unit = w_hr_.first_unit(panel) + v * w;
-            store(p_.y.at(shape_, t, b + i) + unit, load(thread.rh + i * width + v * w),
-                  std::min<int64_t>(w, shape_.P - unit));
+            const int64_t unit = w_hr_.first_unit(panel) + v * w, valid = std::min<int64_t>(w, shape_.P - unit);
+            V h = load(thread.rh + i * width + v * w);
+            if constexpr (purpose == Purpose::tangent)
+              if (p_.tangent.dy.data) h += load(p_.tangent.dy.at(shape_, t, b + i) + unit, valid);
+            store(p_.y.at(shape_, t, b + i) + unit, h, valid);
           }
       });
   }
@@ -253,7 +310,7 @@ class ForwardPass {
         while (shape_.batch(t) <= n) --t;
       std::memcpy(p_.h_n + n * P, p_.y.at(shape_, t, n), P * sizeof(S));
       if constexpr (Cell::has_c)
-        copy_or_zero(p_.c_n + n * H, const_cast<const A*>(save ? p_.cells.at(shape_, t, n) : c_ + n * H), H);
+        copy_or_zero(p_.c_n + n * H, const_cast<const A*>(keeps_c ? p_.cells.at(shape_, t, n) : c_ + n * H), H);
     }
   }
 

@@ -7,6 +7,7 @@
 #include "../cells/lstm.h"
 #include "../cells/rnn.h"
 #include "backward.h"
+#include "curvature.h"
 #include "forward.h"
 #include "kernels.h"
 
@@ -23,9 +24,9 @@ void run_directions(std::optional<Pass>* passes, int count, const Member& me, Ba
   }
 }
 
-template <class Cell, class S, bool save>
+template <class Cell, class S, Purpose purpose>
 void forward_directions(const Forward<S>* p, int count, int threads) {
-  using Pass = ForwardPass<Cell, S, save>;
+  using Pass = ForwardPass<Cell, S, purpose>;
   std::optional<Pass> passes[2];
   Barrier half_barriers[2];
   for (int d = 0; d < count; ++d) passes[d].emplace(p[d], threads);
@@ -38,9 +39,9 @@ void forward_directions(const Forward<S>* p, int count, int threads) {
 template <class Cell, class S>
 void forward(const Forward<S>* p, int count, int threads) {
   if (p->save)
-    forward_directions<Cell, S, true>(p, count, threads);
+    forward_directions<Cell, S, Purpose::training>(p, count, threads);
   else
-    forward_directions<Cell, S, false>(p, count, threads);
+    forward_directions<Cell, S, Purpose::inference>(p, count, threads);
 }
 
 template <class Cell, class S>
@@ -71,13 +72,22 @@ void backward(const Backward<S>* p, int count, int threads) {
 template <class Cell, class S>
 ForwardPlan plan(const Forward<S>& p, int count, int threads) {
   const bool both = both_at_once(count, threads);
-  ForwardPlan plan = ForwardPass<Cell, S, false>(p, threads).plan(both ? threads / 2 : threads);
+  ForwardPlan plan = ForwardPass<Cell, S, Purpose::inference>(p, threads).plan(both ? threads / 2 : threads);
   plan.both_at_once = both;
   return plan;
 }
 
 template <class Cell, class S>
-inline constexpr LayerKernels<S> layer_kernels = {forward<Cell, S>, backward<Cell, S>, plan<Cell, S>};
+constexpr LayerKernels<S> kernels_of() {
+  LayerKernels<S> kernels{forward<Cell, S>, backward<Cell, S>, nullptr, nullptr, plan<Cell, S>};
+  if constexpr (std::is_same_v<S, Acc<S>>) {
+    kernels.tangent = forward_directions<Cell, S, Purpose::tangent>;
+    kernels.curvature = curvature<Cell, S>;
+  }
+  return kernels;
+}
+template <class Cell, class S>
+inline constexpr LayerKernels<S> layer_kernels = kernels_of<Cell, S>();
 
 #define FUSEDRNN_CELLS(S) \
   {layer_kernels<RNNTanh, S>, layer_kernels<RNNRelu, S>, layer_kernels<LSTM, S>, layer_kernels<GRU, S>}

@@ -1,6 +1,7 @@
 // The table of CPU kernels of each instruction set.
 #pragma once
 
+#include "../curvature.h"
 #include "params.h"
 #include "plan.h"
 
@@ -14,6 +15,9 @@ struct LayerKernels {
   // All directions of a layer, on up to `threads` threads.
   void (*forward)(const Forward<S>* directions, int count, int threads);
   void (*backward)(const Backward<S>* directions, int count, int threads);
+  // The derivative of `forward`; not for bfloat16.
+  void (*tangent)(const Forward<S>* directions, int count, int threads);
+  void (*curvature)(const Curvature<S>& steps, int threads);  // nor this
   // What `forward` would do without saving, for so many directions like this one.
   ForwardPlan (*plan)(const Forward<S>& direction, int count, int threads);
 };

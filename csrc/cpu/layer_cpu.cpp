@@ -1,7 +1,7 @@
 // The ops on the CPU: allocation, and the arguments of the kernels for each direction.
 #include <torch/csrc/stable/library.h>
 
-#include "../tensors.h"
+#include "../curvature_tensors.h"
 #include "arena.h"
 #include "kept_tensor.h"
 #include "kernels.h"
@@ -146,7 +146,52 @@ void advance(const Layer& l, const Tensor& x_, const Tensor& h, const MaybeTenso
 }
 
 template <class Cell, class S>
-BackwardResult backward(const Layer& l, const BackwardArguments& a, int64_t needs) {
+TangentResult tangent(const Layer& l, const TangentArguments& a) {
+  const Tensor y = dense(a.y), gates = dense(a.gates), cells = dense(a.cells);
+  const MaybeTensor dwx = dense(a.dwx), drh = dense(a.drh), source = dense(a.dy);
+  const MaybeTensor h0 = dense(a.h0), c0 = dense(a.c0), dh0 = dense(a.dh0), dc0 = dense(a.dc0);
+  const std::vector<Tensor> weights = dense(a.weights);
+  const std::vector<int64_t> none{0};
+  const Tensor dy = empty_kept<S>(l.y_shape(), l.dtype, y), dh_n = empty(l.h_shape(), l.dtype, y);
+  const Tensor dc_n = empty(l.has_c ? l.c_shape() : none, l.dtype, y);
+  const Tensor dcells = empty_kept<S>(l.has_c ? l.cells_shape() : none, l.dtype, y);
+  if (nothing_to_do(l)) {
+    results_without_work(l, dh0, dc0, {dy, dh_n, dc_n, dcells, dcells});
+    return {dy, dh_n, dc_n, dcells};
+  }
+  Forward<S> p[2];
+  const int64_t D = l.directions, gates_row = D * l.saved * l.H, GH = l.gates * l.H;
+  for (int64_t d = 0; d < D; ++d) {
+    p[d] = {.shape = shape_of(l, d == 1),
+            .weights = weights_of<S>(l, weights, d),
+            .x = {},
+            .h0 = offset(data<const S>(dh0), d * l.N * l.P),
+            .c0 = offset(data<const S>(dc0), d * l.N * l.H),
+            .y = {data<S>(dy) + d * l.P, D * l.P},
+            .h_n = data<S>(dh_n) + d * l.N * l.P,
+            .c_n = l.has_c ? data<S>(dc_n) + d * l.N * l.H : nullptr,
+            .save = false,
+            .gates = {},
+            .cells = {l.has_c ? data<S>(dcells) + d * l.H : nullptr, D * l.H}};
+    p[d].shape.I = 0;
+    p[d].weights.b_ih = p[d].weights.b_hh = nullptr;
+    p[d].tangent = {.at = {.y = {data<const S>(y) + d * l.P, D * l.P},
+                           .gates = {data<const S>(gates) + d * l.saved * l.H, gates_row},
+                           .cells = {l.has_c ? data<const S>(cells) + d * l.H : nullptr, D * l.H},
+                           .h0 = offset(data<const S>(h0), d * l.N * l.P),
+                           .c0 = offset(data<const S>(c0), d * l.N * l.H)},
+                    .dwx = {offset(data<const S>(dwx), d * GH), D * GH},
+                    .drh = {offset(data<const S>(drh), d * GH), D * GH},
+                    .dy = {offset(data<const S>(source), d * l.P), D * l.P}};
+  }
+  cpu_kernels().of<S>(kind_of<Cell>()).tangent(p, int(D), threads_for(l));
+  return {dy, dh_n, dc_n, dcells};
+}
+
+// With `states`, dL/dh and dL/dc of every step are written to these.
+template <class Cell, class S>
+BackwardResult backward(const Layer& l, const BackwardArguments& a, int64_t needs,
+                        const AdjointResult* states = nullptr) {
   const Tensor x = dense_columns(a.x), y = dense(a.y), gates = dense(a.gates), cells = dense(a.cells);
   const MaybeTensor dy = a.dy ? MaybeTensor(dense_columns(*a.dy)) : a.dy;
   const MaybeTensor dh_n = dense(a.dh_n), dc_n = dense(a.dc_n), dcells = dense(a.dcells);
@@ -196,6 +241,11 @@ BackwardResult backward(const Layer& l, const BackwardArguments& a, int64_t need
             .db_hh = l.bias ? dw(3) : nullptr,
             .dw_hr = l.projected ? dw(each - 1) : nullptr};
     p[d].dy.data = offset(p[d].dy.data, d * l.P);
+    if (states) {
+      const auto& [dh, dc] = *states;
+      p[d].dh = {data<S>(dh) + d * l.P, D * l.P};
+      if (l.has_c) p[d].dc = {data<Acc<S>>(dc) + d * l.H, D * l.H};
+    }
   }
   cpu_kernels().of<S>(kind_of<Cell>()).backward(p, int(D), threads_for(l));
   return results;
@@ -286,6 +336,50 @@ BackwardResult backward_op(const MaybeTensor& dy, const MaybeTensor& dh_n, const
   return {cast(dx, half), cast(dh0, half), cast(dc0, half), cast(dweights, half)};
 }
 
+template <class Cell>
+TangentResult tangent_op(const MaybeTensor& dwx, const MaybeTensor& drh, const MaybeTensor& dy, const MaybeTensor& dh0,
+                         const MaybeTensor& dc0, const Tensor& x, const MaybeTensor& h0, const MaybeTensor& c0,
+                         const std::vector<Tensor>& weights, const MaybeTensor& batch_sizes, int64_t directions,
+                         const Tensor& y, const Tensor& gates, const Tensor& cells, bool /*tf32*/) {
+  const Layer l = Layer::of<Cell>(x, h0, c0, weights, batch_sizes, directions);
+  l.check_tangent(dwx, drh, dy, dh0, dc0, y, gates, cells);
+  const TangentArguments a{dwx, drh, dy, dh0, dc0, x, h0, c0, weights, y, gates, cells};
+  return l.dtype == ScalarType::Double ? tangent<Cell, double>(l, a) : tangent<Cell, float>(l, a);
+}
+
+template <class Cell>
+AdjointResult adjoint_op(const MaybeTensor& dy, const MaybeTensor& dh_n, const MaybeTensor& dc_n,
+                         const MaybeTensor& dcells, const Tensor& x, const MaybeTensor& h0, const MaybeTensor& c0,
+                         const std::vector<Tensor>& weights, const MaybeTensor& batch_sizes, int64_t directions,
+                         const Tensor& y, const Tensor& gates, const Tensor& cells, bool /*tf32*/) {
+  const Layer l = Layer::of<Cell>(x, h0, c0, weights, batch_sizes, directions);
+  l.check_linear();
+  l.check_backward(dy, dh_n, dc_n, dcells, y, gates, cells);
+  const BackwardArguments a{dy, dh_n, dc_n, dcells, x, h0, c0, weights, y, gates, cells};
+  const AdjointResult states{empty(l.y_shape(), l.dtype, x),
+                             empty(l.has_c ? l.cells_shape() : std::vector<int64_t>{0}, l.dtype, x)};
+  if (l.dtype == ScalarType::Double)
+    backward<Cell, double>(l, a, 0, &states);
+  else
+    backward<Cell, float>(l, a, 0, &states);
+  return states;
+}
+
+template <class Cell>
+CurvatureResult curvature_op(const Tensor& wx, const Tensor& rh, const Tensor& h, const MaybeTensor& c,
+                             const MaybeTensor& dwx, const MaybeTensor& drh, const MaybeTensor& dh,
+                             const MaybeTensor& dc, const Tensor& upstream_h, const MaybeTensor& upstream_c,
+                             const MaybeTensor& dupstream_h) {
+  const CurvatureArguments a{wx, rh, h, c, dwx, drh, dh, dc, upstream_h, upstream_c, dupstream_h};
+  const auto run = [&](const auto& p) {
+    constexpr double work = 16;  // of an element, in multiply-adds of a layer
+    const int threads = plan_threads(max_threads(), double(p.rows) * p.H * Cell::gates * work);
+    cpu_kernels().of<std::remove_const_t<std::remove_pointer_t<decltype(p.wx)>>>(kind_of<Cell>()).curvature(p, threads);
+  };
+  return wx.scalar_type() == ScalarType::Double ? with_curvature<Cell, double>(a, run)
+                                                : with_curvature<Cell, float>(a, run);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fusedrnn, CPU, m) {
@@ -309,6 +403,18 @@ STABLE_TORCH_LIBRARY_IMPL(fusedrnn, CPU, m) {
   m.impl("gru_backward", TORCH_BOX(&backward_op<GRU>));
   m.impl("rnn_tanh_backward", TORCH_BOX(&backward_op<RNNTanh>));
   m.impl("rnn_relu_backward", TORCH_BOX(&backward_op<RNNRelu>));
+  m.impl("lstm_tangent", TORCH_BOX(&tangent_op<LSTM>));
+  m.impl("gru_tangent", TORCH_BOX(&tangent_op<GRU>));
+  m.impl("rnn_tanh_tangent", TORCH_BOX(&tangent_op<RNNTanh>));
+  m.impl("rnn_relu_tangent", TORCH_BOX(&tangent_op<RNNRelu>));
+  m.impl("lstm_adjoint", TORCH_BOX(&adjoint_op<LSTM>));
+  m.impl("gru_adjoint", TORCH_BOX(&adjoint_op<GRU>));
+  m.impl("rnn_tanh_adjoint", TORCH_BOX(&adjoint_op<RNNTanh>));
+  m.impl("rnn_relu_adjoint", TORCH_BOX(&adjoint_op<RNNRelu>));
+  m.impl("lstm_curvature", TORCH_BOX(&curvature_op<LSTM>));
+  m.impl("gru_curvature", TORCH_BOX(&curvature_op<GRU>));
+  m.impl("rnn_tanh_curvature", TORCH_BOX(&curvature_op<RNNTanh>));
+  m.impl("rnn_relu_curvature", TORCH_BOX(&curvature_op<RNNRelu>));
 }
 
 }  // namespace fusedrnn

@@ -50,6 +50,24 @@ struct Rows {
   }
 };
 
+// What forward was given and left, where its derivative is taken.
+template <class S>
+struct Taken {
+  Rows<const S> y, gates;
+  Rows<const Acc<S>> cells;
+  const S* h0;
+  const S* c0;
+};
+
+// The derivative of a forward pass along a direction. Then h0, c0, y and cells in Forward are the changes of those,
+// there is no x, and beside rh these arrive:
+template <class S>
+struct Tangent {
+  Taken<S> at;
+  Rows<const S> dwx, drh;  // [rows, G * H] or null data: the changes of wx, and of rh at a constant h_prev
+  Rows<const S> dy;        // [rows, P] or null data: the change of h at a constant state before the projection
+};
+
 template <class S>
 struct Forward {
   Shape shape;
@@ -63,6 +81,7 @@ struct Forward {
   bool save;           // gates and cells are kept for backward
   Rows<S> gates;       // [rows, saved, H], and h before the projection, if any
   Rows<Acc<S>> cells;  // [rows, H]
+  Tangent<S> tangent = {};
 };
 
 template <class S>
@@ -86,6 +105,8 @@ struct Backward {
   S* db_ih;
   S* db_hh;
   S* dw_hr;
+  Rows<S> dh = {};       // [rows, P] or null data: dL/dh of every step
+  Rows<Acc<S>> dc = {};  // [rows, H] or null data: dL/dc
 };
 
 }  // namespace fusedrnn

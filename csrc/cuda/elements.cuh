@@ -116,6 +116,9 @@ struct ForwardCells {
     return h[e.i] = narrow<S>(A(state.h));
   }
 
+  // An element's h after the projection.
+  FUSEDRNN_DEVICE S projected(const Element&, A sum) const { return narrow<S>(sum); }
+
   // What backward needs of the step, and its c_n: for nobody to wait for.
   FUSEDRNN_DEVICE void save(const Element& e) const {
     const int64_t r = first_row + e.n;
@@ -135,6 +138,12 @@ struct ForwardCells {
     d.y.at(first_row + n)[unit] = value;
     if (n >= next_batch) d.h_n[n * p.P + unit] = value;
   }
+};
+
+// The elements that a forward kernel of a cell has.
+template <class Cell, class Math, class Place>
+struct ElementsOf {
+  using Type = ForwardCells<Cell, Math, Place>;
 };
 
 // The backward pass of a thread's elements. Rows come in at their last step, with dh_n and dc_n, and leave one step
@@ -230,7 +239,9 @@ struct BackwardCells {
     if constexpr (Cell::has_c) {
       prev.c = from.c_prev, now.c = from.c;
       upstream.c = (e.n < next_batch ? dc[e.i] : value(d.dc_n, e.n * p.H + e.unit)) + from.dcells;
+      if (d.dc_all) d.dc_all.at(first_row + e.n)[e.unit] = A(upstream.c);
     }
+    if (d.dh && !p.projected) d.dh.at(first_row + e.n)[e.unit] = narrow<S>(dh);
     const State<Number> dprev = Cell::backward(saved, prev, now, upstream, dwx, drh);
 #pragma unroll
     for (int g = 0; g < gates; ++g) {

@@ -12,8 +12,8 @@ class ForwardPass {
   using A = Accumulator<S>;
 
  public:
-  // What all steps share, and scratch memory for `steps` of them at a time. `to` is written to; its gates and cells are
-  // empty if nobody wants them.
+  // What all steps share, and scratch memory for the projection of `steps` of them at a time. `to` is written to; its
+  // gates and cells are empty if nobody wants them.
   ForwardPass(const Layer& layer, const Tensor& x, const MaybeTensor& h0, const MaybeTensor& c0,
               const std::vector<Tensor>& weights_, const ForwardResult& to, int64_t steps, Stream stream)
       : l(layer), call(l, x, stream), x(stable::reshape(x, {l.rows, l.I})), weights(dense(weights_)) {
@@ -67,7 +67,7 @@ class ForwardPass {
     run_forward<Cell, Math>(p, plan, request<Math>(l, false), first, last, stream);
   }
 
- private:
+ protected:
   const Layer& l;
   const Call call;
   const Tensor x;
@@ -75,6 +75,38 @@ class ForwardPass {
   std::vector<Tensor> w_hhs, w_hrs;
   Tensor w_ih, wx, h, c, unprojected;
   Forward<S> p{};
+};
+
+// The derivative of the forward pass, in one run. `to` gets the changes of y, h_n, c_n and cells, and has no gates.
+template <class Cell, class Math>
+class TangentPass : ForwardPass<Cell, Math> {
+  using Base = ForwardPass<Cell, Math>;
+  using S = typename Math::Storage;
+  using Base::l, Base::p;
+
+ public:
+  TangentPass(const Layer& layer, const TangentArguments& a, const ForwardResult& to, Stream stream)
+      : Base(layer, a.x, a.dh0, a.dc0, a.weights, to, 0, stream),
+        a{dense(a.dwx), dense(a.drh),   dense(a.dy),   {}, {}, a.x, dense(a.h0), dense(a.c0), {},
+          dense(a.y),   dense(a.gates), dense(a.cells)} {
+    const TangentArguments& from = this->a;
+    const int64_t D = l.directions, GH = l.gates * l.H;
+    for (int64_t d = 0; d < D; ++d) {
+      p.direction[d].tangent = {.y = {data<const S>(from.y) + d * l.P, D * l.P},
+                                .gates = {data<const S>(from.gates) + d * l.saved * l.H, D * l.saved * l.H},
+                                .cells = {l.has_c ? data<const S>(from.cells) + d * l.H : nullptr, D * l.H},
+                                .h0 = offset(data<const S>(from.h0), d * l.N * l.P),
+                                .c0 = offset(data<const S>(from.c0), d * l.N * l.H),
+                                .dwx = {offset(data<const S>(from.dwx), d * GH), D * GH},
+                                .drh = {offset(data<const S>(from.drh), d * GH), D * GH},
+                                .dy = {offset(data<const S>(from.dy), d * l.P), D * l.P}};
+    }
+  }
+
+  void run(Stream stream) const { run_tangent<Cell, Math>(p, request<Math>(l, false), l.T, stream); }
+
+ private:
+  const TangentArguments a;
 };
 
 }  // namespace fusedrnn::cuda

@@ -19,6 +19,10 @@ template <class Cell, class Math>
 void run_backward(const Backward<typename Math::Storage>& p, const Plan& plan, const PlanRequest& request,
                   int64_t first, int64_t last, Stream stream);
 
+// The derivative of all steps of forward; of float and double alone.
+template <class Cell, class Math>
+void run_tangent(const Forward<typename Math::Storage>& p, PlanRequest request, int64_t steps, Stream stream);
+
 #define FUSEDRNN_INSTANTIATE_MATH(Cell, Math)                                                                      \
   template Plan find_plan<Cell, Math>(const PlanRequest&, int);                                                    \
   template void run_forward<Cell, Math>(const Forward<typename Math::Storage>&, const Plan&, const PlanRequest&,   \
@@ -26,11 +30,17 @@ void run_backward(const Backward<typename Math::Storage>& p, const Plan& plan, c
   template void run_backward<Cell, Math>(const Backward<typename Math::Storage>&, const Plan&, const PlanRequest&, \
                                          int64_t, int64_t, Stream);
 
-#define FUSEDRNN_INSTANTIATE(Cell)                    \
-  FUSEDRNN_INSTANTIATE_MATH(Cell, TensorCores<bf16>)  \
-  FUSEDRNN_INSTANTIATE_MATH(Cell, TensorCores<half>)  \
-  FUSEDRNN_INSTANTIATE_MATH(Cell, TensorCores<float>) \
-  FUSEDRNN_INSTANTIATE_MATH(Cell, Fma<float>)         \
-  FUSEDRNN_INSTANTIATE_MATH(Cell, Fma<double>)
+#define FUSEDRNN_INSTANTIATE_TANGENT(Cell, Math) \
+  template void run_tangent<Cell, Math>(const Forward<typename Math::Storage>&, PlanRequest, int64_t, Stream);
+
+#define FUSEDRNN_INSTANTIATE(Cell)                       \
+  FUSEDRNN_INSTANTIATE_MATH(Cell, TensorCores<bf16>)     \
+  FUSEDRNN_INSTANTIATE_MATH(Cell, TensorCores<half>)     \
+  FUSEDRNN_INSTANTIATE_MATH(Cell, TensorCores<float>)    \
+  FUSEDRNN_INSTANTIATE_MATH(Cell, Fma<float>)            \
+  FUSEDRNN_INSTANTIATE_MATH(Cell, Fma<double>)           \
+  FUSEDRNN_INSTANTIATE_TANGENT(Cell, TensorCores<float>) \
+  FUSEDRNN_INSTANTIATE_TANGENT(Cell, Fma<float>)         \
+  FUSEDRNN_INSTANTIATE_TANGENT(Cell, Fma<double>)
 
 }  // namespace fusedrnn::cuda

@@ -7,6 +7,7 @@
 
 #include "cluster.cuh"
 #include "stepwise.cuh"
+#include "tangent.cuh"
 
 namespace fusedrnn::cuda {
 
@@ -152,6 +153,16 @@ Kernels<Backward<typename Math::Storage>> backward_kernels() {
                           backward_kernel<Cell, Math, 4, 1, true, 2>, backward_kernel<Cell, Math, 4, 2, true, 2>};
   }
   return kernels;
+}
+
+template <class Cell, class Math>
+void run_tangent(const Forward<typename Math::Storage>& p, PlanRequest request, int64_t steps, Stream stream) {
+  using T = Tangent<Cell>;
+  Kernels<Forward<typename Math::Storage>> kernels{};
+  kernels.tiled = {forward_kernel<T, Math, 1, 1, false>, forward_kernel<T, Math, 2, 1, false>,
+                   forward_kernel<T, Math, 4, 1, false>, forward_kernel<T, Math, 4, 2, false>};
+  request.tensor_cores = false;  // what the other kernels need
+  run_tiled(kernels, p, find_plan(kernels, request, 1), request, 0, steps, stream);
 }
 
 template <class Cell, class Math>

@@ -1,6 +1,8 @@
 // The ops on a GPU.
 #include <torch/csrc/stable/library.h>
 
+#include "../curvature_tensors.h"
+#include "curvature.cuh"
 #include "stack.cuh"
 
 namespace fusedrnn::cuda {
@@ -48,6 +50,35 @@ BackwardResult backward(const Layer& l, const BackwardArguments& a, int64_t need
   return to;
 }
 
+template <class Cell, class Math>
+TangentResult tangent(const Layer& l, const TangentArguments& a) {
+  const std::vector<int64_t> none{0};
+  const Tensor dy = empty(l.y_shape(), l.dtype, a.x), dh_n = empty(l.h_shape(), l.dtype, a.x);
+  const Tensor dc_n = empty(l.has_c ? l.c_shape() : none, l.dtype, a.x);
+  const Tensor dcells = empty(l.has_c ? l.cells_shape() : none, l.dtype, a.x);
+  const ForwardResult to{dy, dh_n, dc_n, empty(none, l.dtype, a.x), dcells};
+  if (nothing_to_do(l)) {
+    results_without_work(l, a.dh0, a.dc0, to);
+  } else {
+    const OnDevice device(a.x.get_device_index());
+    TangentPass<Cell, Math>(l, a, to, device.stream()).run(device.stream());
+  }
+  return {dy, dh_n, dc_n, dcells};
+}
+
+template <class Cell, class Math>
+AdjointResult adjoint(const Layer& l, const BackwardArguments& a) {
+  const std::vector<int64_t> none{0};
+  const AdjointResult states{empty(l.y_shape(), l.dtype, a.x), empty(l.has_c ? l.cells_shape() : none, l.dtype, a.x)};
+  if (nothing_to_do(l)) return states;
+  const OnDevice device(a.x.get_device_index());
+  const Plan plan = find_plan<Cell, Math>(request<Math>(l, true), 1);
+  const Tensor nothing = empty(none, l.dtype, a.x);
+  const BackwardResult to{nothing, nothing, nothing, {}};
+  BackwardPass<Cell, Math>(l, a, 0, to, device.stream(), &states).run(plan, 0, l.T, device.stream());
+  return states;
+}
+
 // Calls function(Math{}) with the way to multiply of a dtype; float multiplies in TF32 if that is allowed.
 template <class Function>
 auto with_math(ScalarType dtype, bool tf32, Function function) {
@@ -75,6 +106,48 @@ BackwardResult backward_op(const MaybeTensor& dy, const MaybeTensor& dh_n, const
   l.check_backward(dy, dh_n, dc_n, dcells, y, gates, cells);
   const BackwardArguments a{dy, dh_n, dc_n, dcells, x, h0, c0, weights, y, gates, cells};
   return with_math(l.dtype, tf32, [&](auto math) { return backward<Cell, decltype(math)>(l, a, needs); });
+}
+
+// Of a dtype that linear ops are for.
+template <class Function>
+auto with_wide_math(ScalarType dtype, bool tf32, Function function) {
+  if (dtype == ScalarType::Double) return function(Fma<double>{});
+  return tf32 ? function(TensorCores<float>{}) : function(Fma<float>{});
+}
+
+template <class Cell>
+TangentResult tangent_op(const MaybeTensor& dwx, const MaybeTensor& drh, const MaybeTensor& dy, const MaybeTensor& dh0,
+                         const MaybeTensor& dc0, const Tensor& x, const MaybeTensor& h0, const MaybeTensor& c0,
+                         const std::vector<Tensor>& weights, const MaybeTensor& batch_sizes, int64_t directions,
+                         const Tensor& y, const Tensor& gates, const Tensor& cells, bool tf32) {
+  const Layer l = Layer::of<Cell>(x, h0, c0, weights, batch_sizes, directions);
+  l.check_tangent(dwx, drh, dy, dh0, dc0, y, gates, cells);
+  const TangentArguments a{dwx, drh, dy, dh0, dc0, x, h0, c0, weights, y, gates, cells};
+  return with_wide_math(l.dtype, tf32, [&](auto math) { return tangent<Cell, decltype(math)>(l, a); });
+}
+
+template <class Cell>
+AdjointResult adjoint_op(const MaybeTensor& dy, const MaybeTensor& dh_n, const MaybeTensor& dc_n,
+                         const MaybeTensor& dcells, const Tensor& x, const MaybeTensor& h0, const MaybeTensor& c0,
+                         const std::vector<Tensor>& weights, const MaybeTensor& batch_sizes, int64_t directions,
+                         const Tensor& y, const Tensor& gates, const Tensor& cells, bool tf32) {
+  const Layer l = Layer::of<Cell>(x, h0, c0, weights, batch_sizes, directions);
+  l.check_linear();
+  l.check_backward(dy, dh_n, dc_n, dcells, y, gates, cells);
+  const BackwardArguments a{dy, dh_n, dc_n, dcells, x, h0, c0, weights, y, gates, cells};
+  return with_wide_math(l.dtype, tf32, [&](auto math) { return adjoint<Cell, decltype(math)>(l, a); });
+}
+
+template <class Cell>
+CurvatureResult curvature_op(const Tensor& wx, const Tensor& rh, const Tensor& h, const MaybeTensor& c,
+                             const MaybeTensor& dwx, const MaybeTensor& drh, const MaybeTensor& dh,
+                             const MaybeTensor& dc, const Tensor& upstream_h, const MaybeTensor& upstream_c,
+                             const MaybeTensor& dupstream_h) {
+  const CurvatureArguments a{wx, rh, h, c, dwx, drh, dh, dc, upstream_h, upstream_c, dupstream_h};
+  const OnDevice device(wx.get_device_index());
+  const auto run = [&](const auto& p) { launch_curvature<Cell>(p, device.stream()); };
+  return wx.scalar_type() == ScalarType::Double ? with_curvature<Cell, double>(a, run)
+                                                : with_curvature<Cell, float>(a, run);
 }
 
 template <class Cell>
@@ -150,6 +223,18 @@ STABLE_TORCH_LIBRARY_IMPL(FUSEDRNN_NAMESPACE, FUSEDRNN_CUDA_KEY, m) {
   m.impl("gru_stack_backward", TORCH_BOX(&stack_backward_op<GRU>));
   m.impl("rnn_tanh_stack_backward", TORCH_BOX(&stack_backward_op<RNNTanh>));
   m.impl("rnn_relu_stack_backward", TORCH_BOX(&stack_backward_op<RNNRelu>));
+  m.impl("lstm_tangent", TORCH_BOX(&tangent_op<LSTM>));
+  m.impl("gru_tangent", TORCH_BOX(&tangent_op<GRU>));
+  m.impl("rnn_tanh_tangent", TORCH_BOX(&tangent_op<RNNTanh>));
+  m.impl("rnn_relu_tangent", TORCH_BOX(&tangent_op<RNNRelu>));
+  m.impl("lstm_adjoint", TORCH_BOX(&adjoint_op<LSTM>));
+  m.impl("gru_adjoint", TORCH_BOX(&adjoint_op<GRU>));
+  m.impl("rnn_tanh_adjoint", TORCH_BOX(&adjoint_op<RNNTanh>));
+  m.impl("rnn_relu_adjoint", TORCH_BOX(&adjoint_op<RNNRelu>));
+  m.impl("lstm_curvature", TORCH_BOX(&curvature_op<LSTM>));
+  m.impl("gru_curvature", TORCH_BOX(&curvature_op<GRU>));
+  m.impl("rnn_tanh_curvature", TORCH_BOX(&curvature_op<RNNTanh>));
+  m.impl("rnn_relu_curvature", TORCH_BOX(&curvature_op<RNNRelu>));
 }
 
 }  // namespace fusedrnn::cuda

@@ -56,6 +56,18 @@ struct Range {
   bool recurrence, projection;
 };
 
+// Of a tangent pass (see tangent.cuh): what forward was given and left where it is taken, and what changes beside h and
+// c. All but y, gates and cells may be null.
+template <class S>
+struct TangentDirection {
+  Rows<const S> y, gates;
+  Rows<const Accumulator<S>> cells;
+  const S* h0;
+  const S* c0;
+  Rows<const S> dwx, drh;  // [rows, G * H]: of wx, and of rh at a constant h_prev
+  Rows<const S> dy;        // [rows, P]: of h at a constant state before the projection
+};
+
 template <class S>
 struct ForwardDirection {
   Steps steps;
@@ -73,6 +85,7 @@ struct ForwardDirection {
   Rows<S> gates;               // [rows, saved, H], and h before the projection; or null
   Rows<Accumulator<S>> cells;  // [rows, H] or null
   uint32_t* arrivals;          // one counter of blocks for each batch tile, counter_pitch apart; zero at first
+  TangentDirection<S> tangent = {};
 };
 
 template <class S>
@@ -96,15 +109,16 @@ struct BackwardDirection {
   Rows<const Accumulator<S>> dcells;  // [rows, H] or null
   Rows<const S> y, gates;             // as forward left them
   Rows<const Accumulator<S>> cells;
-  const S* h0;                // [N, P] or null (zeros)
-  const S* c0;                // [N, H] or null (zeros)
-  Rows<S> drh;                // [rows, G * H]
-  Rows<S> dwx;                // [rows, G * H]; null where it is drh
-  Rows<S> dh;                 // [rows, P], if projected
-  Accumulator<S>* dh_direct;  // [N, P], what reaches h_prev not through rh; null without it
-  Accumulator<S>* dc;         // [N, H]; null without c
-  S* dh0;                     // [N, P] or null
-  S* dc0;                     // [N, H] or null
+  const S* h0;                  // [N, P] or null (zeros)
+  const S* c0;                  // [N, H] or null (zeros)
+  Rows<S> drh;                  // [rows, G * H]
+  Rows<S> dwx;                  // [rows, G * H]; null where it is drh
+  Rows<S> dh;                   // [rows, P]: dL/dh of every step, if projected or if somebody wants it; else null
+  Rows<Accumulator<S>> dc_all;  // [rows, H]: dL/dc of every step, or null
+  Accumulator<S>* dh_direct;    // [N, P], what reaches h_prev not through rh; null without it
+  Accumulator<S>* dc;           // [N, H]; null without c
+  S* dh0;                       // [N, P] or null
+  S* dc0;                       // [N, H] or null
   uint32_t* arrivals;
 };
 

@@ -70,7 +70,7 @@ struct ForwardStep {
   using Recurrence = Tile<Math, gates, n_tiles, n_warps>;
   using Projection = Tile<Math, 1, n_tiles, n_warps>;
   using Place = TilePlace<Recurrence>;
-  using Cells = ForwardCells<Cell, Math, Place>;
+  using Cells = typename ElementsOf<Cell, Math, Place>::Type;
 
   // Rows of the tile's weights: row m is unit m % 16 of gate m / 16.
   struct W_hh {
@@ -117,7 +117,7 @@ struct ForwardStep {
         [&](int n) { return d.unprojected.at(smaller(at.row + n, cells.batch - 1)); }, d.w_hr.row);
     sync_block();
     at.each(p.P, cells.batch, [&](const Element& e) {
-      const S h = narrow<S>(Projection::sum(sums, e.m, e.column));
+      const S h = cells.projected(e, Projection::sum(sums, e.m, e.column));
       d.h[(cells.s + 1) % 2].at(e.n)[e.unit] = h;
       cells.output(e.unit, e.n, h);
     });
