@@ -17,7 +17,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := pyproject.toml setup.py $(wildcard tools/*.py csrc/*.* csrc/*/*.*)
 CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh tests/cuda_host/* tests/amx_host/* examples/*.cpp tools/*.cpp)
-CUDA_HOST := tests/test_ops.py tests/test_ops_edges.py tests/test_cuda.py tests/test_stack.py
+CUDA_HOST := tests/test_ops.py tests/test_ops_edges.py tests/test_cuda.py tests/test_stack.py tests/test_second_order.py
 AMX := tests/test_amx.py tests/test_ops.py tests/test_ops_edges.py tests/test_threads.py
 SANITIZERS = $(foreach name,asan stdc++,$(shell $(CXX) -print-file-name=lib$(name).so))
 TORCH_STAMP := $(VENV)/.torch-$(shell printf %s '$(TORCH)' | tr -c 'A-Za-z0-9.' _)

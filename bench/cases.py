@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 CELLS = ("LSTM", "GRU", "RNN")
-MODES = ("inference", "training", "step", "cells", "packed", "scaling")
+MODES = ("inference", "training", "penalty", "step", "cells", "packed", "scaling")
 GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
 
 
@@ -96,6 +96,7 @@ LAYERS = tuple(
 LAYERS_HALF = LAYERS[3:6]  # the shapes measured in bfloat16 and float16
 STEPS = (Shape(1, 1, 8), Shape(1, 1, 128), Shape(1, 1, 512))
 CELL_STEPS = (Shape(1, 1, 8), Shape(1, 1, 128), Shape(64, 1, 512))
+PENALTY = (Shape(8, 64, 32), Shape(16, 64, 128), Shape(32, 100, 256))
 PACKED = (Shape(16, 64, 128), Shape(16, 128, 256), Shape(32, 512, 64))
 QUICK = (Shape(1, 128, 128), Shape(16, 64, 128), Shape(16, 128, 256))
 SCALING_BASE = Shape(16, 64, 128)
@@ -147,6 +148,9 @@ def select(choice: Selection) -> list[Case]:
 
 
 def _gpu(choice: Selection) -> Iterator[Case]:
+    for shape in PENALTY:
+        for cell in CELLS:
+            yield Case("penalty", cell, "float32", shape, training=True)
     for training in (False, True):
         for cell, dtypes, shape, packed in GPU:
             mode = "packed" if packed else "training" if training else "inference"
@@ -169,6 +173,9 @@ def _grid(choice: Selection) -> Iterator[Case]:
                     yield Case(mode, cell, dtype, shape, training)
         if dtype != "float32" and not choice.shapes:
             continue
+        for shape in shapes(PENALTY, dtype):
+            for cell in CELLS:
+                yield Case("penalty", cell, dtype, shape, training=True)
         for mode, own in (("step", STEPS), ("cells", CELL_STEPS)):
             for shape in shapes(own, dtype, t_is_1=True):
                 for cell in CELLS:

@@ -69,6 +69,8 @@ def torch_like(namespace: str, **options: Any) -> Builder:
             return Runner(lambda: module(x, hx), named)
 
         data = x.data if isinstance(x, PackedSequence) else x
+        if case.mode == "penalty":
+            return _penalty(module, data, hx, work.upstream[0])
         leaves = {"dx": data}
         leaves |= {f"d{name}0": h for name, h in zip("hc", work.hx, strict=False)}
         leaves |= {f"d{name}": w for name, w in module.named_parameters()}
@@ -83,6 +85,20 @@ def torch_like(namespace: str, **options: Any) -> Builder:
         return Runner(step, gradients)
 
     return build
+
+
+def _penalty(module: torch.nn.Module, x: Tensor, hx: Any, upstream: Tensor) -> Runner:
+    """A gradient penalty: the gradients of |dy/dx|^2 in the weights, y summed up with ``upstream``."""
+    weights = dict(module.named_parameters())
+
+    def step() -> tuple[Tensor, ...]:
+        (slope,) = torch.autograd.grad(module(x, hx)[0], x, upstream, create_graph=True)
+        return torch.autograd.grad(slope.square().sum(), tuple(weights.values()))
+
+    def gradients(found: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        return {f"d{name}": g.float() for name, g in zip(weights, found, strict=True)}
+
+    return Runner(step, gradients)
 
 
 def stream(namespace: str) -> Builder:
@@ -228,7 +244,8 @@ def contestants(work: Workload, ours: str | None) -> dict[str, Builder]:
             found[RECOMPUTE] = torch_like(ours, recompute=True)
         if work.case.mode == "step":
             found[STREAM] = stream(ours)
-    found["torch"] = torch_like("torch.nn")
+    if work.device != "cuda" or work.case.mode != "penalty":  # cuDNN has no second derivatives
+        found["torch"] = torch_like("torch.nn")
     if work.device == "cuda":
         found["torch, cuDNN off"] = without_cudnn
     else:

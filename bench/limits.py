@@ -46,7 +46,8 @@ class Limits:
         """The least time the case could take, and which limit that is.
 
         flops: every multiply-add at the peak. Training does each matmul three times (forward, the
-        input's gradient, the weight's). bytes: W_ih read once and W_hh once a step, spread over
+        input's gradient, the weight's), a gradient penalty five times at least (forward, back to x,
+        along that gradient, and two for the weights). bytes: W_ih read once and W_hh once a step, spread over
         the threads, from the cache level that holds a thread's share. No pointwise work.
         """
         s = case.shape
@@ -61,7 +62,7 @@ class Limits:
             read = units * size * (inputs + s.t * s.h)
             if self.read_gbs:
                 bytes_us += read / self.bandwidth(shared / self.threads) / 1e3
-        passes = 3 if case.training else 1
+        passes = 5 if case.mode == "penalty" else 3 if case.training else 1
         flops_us = passes * flops / self.gflops[case.dtype] / 1e3
         bytes_us *= 2 if case.training else 1
         return max((flops_us, "flops"), (bytes_us, "bytes"))

@@ -232,8 +232,9 @@ class LayerSecondBackward(_Function):
         needs, wanted = arguments[_FIXED - 1 : _FIXED + 1]
         nowhere = (vmap.NOWHERE,) * (len(needs) - 3)
         layer = (*vmap.STATES, *nowhere)
-        places = (vmap.NOWHERE, vmap.NOWHERE, vmap.SIZES, vmap.ROWS, *vmap.SAVED)
-        places += (vmap.NOWHERE,) * (len(needs) + len(wanted)) + (*layer, *vmap.UPSTREAM, *layer)
+        masks = (vmap.NOWHERE,) * (len(needs) + len(wanted))
+        places = (vmap.NOWHERE, vmap.NOWHERE, vmap.SIZES, vmap.ROWS, *vmap.SAVED, *masks)
+        places = (*places, *layer, *vmap.UPSTREAM, *layer)
         one_by_one = any(wanted[_UPSTREAM + 3 :])
         apply = LayerSecondBackward.apply
         return vmap.rule(apply, info.batch_size, in_dims, arguments, places, (*vmap.UPSTREAM, *layer), one_by_one)
@@ -278,7 +279,7 @@ class DualLayerBackward(LayerBackward):
             return tuple(next(moved) if need else None for need in needs)
         saved, upstream, arguments = plain[:3], plain[3 : 3 + _UPSTREAM], plain[3 + _UPSTREAM : count]
         of_upstream, of_arguments = plain[count : count + _UPSTREAM], plain[count + _UPSTREAM :]
-        parts = []
+        parts: list[Sequence[Tensor | None]] = []
         if any(t is not None for t in of_arguments):
             parts.append(Linearised(*fixed, arguments, saved, of_arguments).gradients(upstream, needs))
         if any(t is not None for t in of_upstream):

@@ -75,13 +75,13 @@ class Linearised:
             own.gradients(adjoint, (dy, dcells), Weights.of(want), want_x=wanted[0])
             for own, want in zip(self._directions, wants, strict=True)
         ]
-        h_before, c_before = (*(torch.stack(s, 1) for s in zip(*[p.before for p in parts], strict=True)), None)[:2]
+        h_before, *c_before = (torch.stack(s, 1) for s in zip(*[p.before for p in parts], strict=True))
         mask = sum([1 << bit for bit, want in enumerate(wanted) if want])
         dx, *dstarts, dweights = ops.backward[self._cell](
-            h_before.view_as(dy), None, None, c_before, *self._layer, mask, self._tf32
+            h_before.view_as(dy), None, None, (*c_before, None)[0], *self._layer, mask, self._tf32
         )
         starts = [torch.stack(s) for s in zip(*[p.starts for p in parts], strict=True)]
-        own = [sum(p.dx for p in parts) if wanted[0] else None, *starts, *[None] * (2 - len(starts))]
+        own: list[Any] = [sum(p.dx for p in parts) if wanted[0] else None, *starts, *[None] * (2 - len(starts))]
         own += [dw for p, want in zip(parts, wants, strict=True) for dw in p.dweights.listed(len(want))]
         carried = [dx, *dstarts, *dweights]
         return [
@@ -103,7 +103,7 @@ class Weights(NamedTuple):
     def of(listed: Sequence[Any]) -> Weights:
         """From those there are, as the ops take them."""
         b_ih, b_hh = listed[2:4] if len(listed) > 3 else (None, None)
-        return Weights(*listed[:2], b_ih, b_hh, listed[-1] if len(listed) % 2 else None)
+        return Weights(listed[0], listed[1], b_ih, b_hh, listed[-1] if len(listed) % 2 else None)
 
     def listed(self, count: int) -> list[Any]:
         """As the ops take them, if there are ``count``."""
@@ -115,7 +115,7 @@ class _Part(NamedTuple):
 
     before: Sequence[Tensor]
     starts: Sequence[Tensor]
-    dx: Tensor | None
+    dx: Any
     dweights: Weights
 
 
@@ -127,7 +127,7 @@ class _Direction:
         dx, self._dh0, self._dc0, dweights = changes
         self._cell, self._d, self._count = cell, d, directions
         self._before = _Before(y, batch_sizes, reverse=d == 1)
-        self._x, self._dx = (None if t is None else t.flatten(0, -2) for t in (x, dx))
+        self._x, self._dx = x.flatten(0, -2), None if dx is None else dx.flatten(0, -2)
         self._w, self._dw = (Weights.of(ops.of_layers(each, directions)[d]) for each in (weights, dweights))
         self._h_prev, self._c_prev = self._states_before(h0, c0, y, cells)
         self._h_full = None if self._w.w_hr is None else gates[:, d, -1]  # h before the projection
@@ -210,9 +210,9 @@ class _Before:
         return before[: self._batch], torch.cat((before[self._batch :], none))
 
 
-def _change(a: Tensor, da: Tensor | None, w: Tensor | None, dw: Tensor | None, db: Tensor | None) -> Tensor | None:
+def _change(a: Any, da: Tensor | None, w: Any, dw: Tensor | None, db: Tensor | None) -> Tensor | None:
     """That of ``a w^T + b``; None if there is none."""
-    terms = [] if da is None else [linear(da, w)]  # type: ignore[arg-type]
+    terms = [] if da is None else [linear(da, w)]
     if dw is not None:
         terms.append(linear(a, dw, db))
     elif db is not None:

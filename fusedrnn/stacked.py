@@ -157,7 +157,7 @@ def _gradients_by_layers(
 ) -> list[Tensor | None]:
     """``dx, dh0, dc0, *dweights`` of layers that run again, each with a graph of its own."""
     with torch.enable_grad():
-        aliases: list[Any] = [autograd._alias(t) for t in tensors]
+        aliases: list[Any] = [_alias(t) for t in tensors]
         x, h0, c0, *weights = aliases
         finals = []
         for k, own in enumerate(ops.of_layers(weights, layers)):
@@ -165,8 +165,30 @@ def _gradients_by_layers(
             finals.append((h_n, c_n))
         outputs = (x, *map(torch.cat, zip(*finals, strict=True)))
     targets = [t for t, need in zip(aliases, needed, strict=True) if need]
-    found = iter(autograd._vjp(outputs, upstream, targets, create_graph=torch.is_grad_enabled()))
+    found = iter(_vjp(outputs, upstream, targets, create_graph=torch.is_grad_enabled()))
     return [next(found) if need else None for need in needed]
+
+
+def _alias(t: Tensor | None) -> Tensor | None:
+    """A new node of the graph for each argument, so that one computed from another, or the same
+    tensor given twice, still gets its own partial derivative."""
+    return t.view_as(t) if t is not None and t.requires_grad else t
+
+
+def _vjp(
+    outputs: Sequence[Tensor | None],
+    upstream: Sequence[Tensor | None],
+    inputs: Sequence[Tensor],
+    create_graph: bool,
+) -> Sequence[Tensor | None]:
+    """torch.autograd.grad, passing over outputs without a graph or an upstream gradient."""
+    pairs = [
+        (o, g) for o, g in zip(outputs, upstream, strict=True) if o is not None and g is not None and o.requires_grad
+    ]
+    if not pairs or not inputs:
+        return [None] * len(inputs)
+    used, gradients = zip(*pairs, strict=True)
+    return torch.autograd.grad(used, inputs, gradients, create_graph=create_graph, allow_unused=True)
 
 
 def follow_directly(layers: int, directions: int, dropout: bool) -> bool:

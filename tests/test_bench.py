@@ -105,7 +105,7 @@ def test_command(tmp_path):
     done = subprocess.run([*bench, *options], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
-    groups = {"inference", "training", "step", "cells", "packed-inference", "packed-training"}
+    groups = {"inference", "training", "penalty", "step", "cells", "packed-inference", "packed-training"}
     assert {row["group"] for row in rows} == groups
     for row in rows:
         entries = row["entries"]

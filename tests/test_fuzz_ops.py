@@ -14,6 +14,7 @@ import torch
 from fuzzing import Mistakes, attempt, calls, close, harmless, layers, mistakes, ordinary, spoil
 from helpers import (
     CELLS,
+    GATES,
     Case,
     Inputs,
     in_float64,
@@ -25,10 +26,12 @@ from helpers import (
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from fusedrnn import reference
 
-OPS = ("", "_inference", "_step", "_advance", "_backward", "_stack", "_stack_backward", "_layer")
+LINEAR = ("_tangent", "_adjoint", "_curvature")  # of float32 and float64, and of hidden units
+OPS = ("", "_inference", "_step", "_advance", "_backward", "_stack", "_stack_backward", "_layer", *LINEAR)
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,10 @@ class OpCall:
         case, seed = self.case, self.seed
         if self.op == "_step":
             case = case.but(T=1, lengths=None, directions=1)
+        if self.op in LINEAR:
+            case = case.but(
+                H=case.H or 1, P=case.P and 1, dtype=case.dtype if case.dtype.itemsize > 2 else torch.float32
+            )
         inputs, (dy, dh_n, dc_n, _) = make_inputs(case, seed=seed), make_gradients(case, seed=seed + 1)
         y, h_n, c_n, gates, cells = layer_op(case.cell)(*inputs.arguments(), True)
         x, h0, c0, weights, batch_sizes, directions = inputs.arguments()
@@ -77,7 +84,16 @@ class OpCall:
             h0 = torch.zeros_like(h_n) if h0 is None else h0
             c0 = torch.zeros_like(c_n) if c0 is None and case.cell == "lstm" else c0
             return {"x": x[0], "h": h0[0], "c": None if c0 is None else c0[0], "weights": weights}
+        if self.op in LINEAR:
+            h = y.new_full((case.rows, case.H), 0.5)
+            wx, c = h.repeat(1, GATES[case.cell]), h if case.cell == "lstm" else None
+            dwx = wx.unsqueeze(1).repeat(1, directions, 1)
+        if self.op == "_curvature":
+            values = {"wx": wx, "rh": -wx, "h": h, "c": c, "dwx": None, "drh": wx, "dh": h, "dc": c}
+            return {**values, "upstream_h": h, "upstream_c": c, "dupstream_h": None}
         values = {"x": x, "h0": h0, "c0": c0, "weights": weights, "batch_sizes": batch_sizes}
+        if self.op in LINEAR:
+            values |= {"dwx": dwx, "drh": -dwx, "dh0": dh_n, "dc0": dc_n}
         values |= {"directions": directions, "save": self.save, "every_c": self.save, "recompute": True, "tf32": False}
         values |= {"dy": dy, "dh_n": dh_n, "dc_n": dc_n, "dcells": None if dc_n is None else torch.ones_like(cells)}
         return {**values, "y": y, "gates": gates, "cells": cells, "needs": needs_of(inputs)}
@@ -117,6 +133,12 @@ class OpCall:
                     n * self.case.T + t for n, length in enumerate(given["lengths"].tolist()) for t in range(length)
                 ]
                 assert sorted(results[1].tolist()) == rows
+            return
+        if self.op in LINEAR:
+            if harmless(self.mistakes):
+                plain = tree_map(lambda t: t.resolve_neg().clone() if isinstance(t, Tensor) else t, given)
+                expected = getattr(torch.ops.fusedrnn, self.case.cell + self.op)(**plain)
+                close(list(results), list(expected), self)
             return
         states = [given.get(name) for name in ("h0", "c0", "h", "c")]
         tensors = [t for t in (given["x"], *given["weights"], *states, *before) if t is not None]

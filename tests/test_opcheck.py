@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import DTYPES, VARIANTS, layer_backward_op, layer_op, make_gradients, make_inputs, needs_of, variant
+from helpers import DTYPES, GATES, VARIANTS, layer_backward_op, layer_op, make_gradients, make_inputs, needs_of, variant
 
 OPTIONS = [
     {"directions": 1},
@@ -69,6 +69,22 @@ def test_backward(name, options, device):
     if name.startswith("lstm"):
         cells = arguments[-2]
         check(op, (*arguments[:3], torch.ones_like(cells), *arguments[4:]))
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=identifier)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_linear(name, options, device):
+    _, arguments = forward_and_backward(variant(name, **options), device)
+    (dy, dh_n, dc_n, dcells), layer, cell = arguments[:4], arguments[4:-1], name.removesuffix("_proj")
+    check(getattr(torch.ops.fusedrnn, f"{cell}_adjoint").default, (dy, dh_n, dc_n, dcells, *layer))
+    rows, H = dy.shape[:-1].numel(), layer[3][1].shape[0] // GATES[cell]
+    gates = torch.ones(rows, layer[5], GATES[cell] * H, device=device)
+    op = getattr(torch.ops.fusedrnn, f"{cell}_tangent").default
+    check(op, (gates, None, dy, dh_n, None, *layer))
+    check(op, (None, gates, None, None, dc_n, *layer))
+    gates, h = gates[:, 0], torch.ones(rows, H, device=device)
+    c = h if cell == "lstm" else None
+    check(getattr(torch.ops.fusedrnn, f"{cell}_curvature").default, (gates, gates, h, c, *[None] * 4, h, c, h))
 
 
 @pytest.mark.parametrize("reset", [True, False])
