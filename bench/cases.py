@@ -148,14 +148,14 @@ def select(choice: Selection) -> list[Case]:
 
 
 def _gpu(choice: Selection) -> Iterator[Case]:
-    for shape in PENALTY:
-        for cell in CELLS:
-            yield Case("penalty", cell, "float32", shape, training=True)
     for training in (False, True):
         for cell, dtypes, shape, packed in GPU:
             mode = "packed" if packed else "training" if training else "inference"
             for dtype in dtypes:
                 yield Case(mode, cell, dtype, Shape.parse(shape), training, packed)
+    for cell in CELLS:
+        for size in PENALTY:
+            yield Case("penalty", cell, "float32", size, training=True)
 
 
 def _grid(choice: Selection) -> Iterator[Case]:

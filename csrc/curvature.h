@@ -13,11 +13,12 @@ struct Curvature {
   const S *h, *c;      // [rows, H], before the step; null where the cell doesn't read it
   const S *dwx, *drh;  // how they change, or null
   const S *dh, *dc;
-  const S *upstream_h, *upstream_c;    // [rows, H]: a loss's gradients after the step (h before a projection)
-  const S* dupstream_h;                // how the first changes, or null
-  S *by_wx, *by_rh;                    // [rows, G * H]: the loss's gradients; by_rh is null where it is by_wx
-  S *dby_wx, *dby_rh, *dby_h, *dby_c;  // how they change; by_h without what flows through rh, null if that is all
-  S* dh_after;                         // [rows, H]: how h changes, or null
+  const S *upstream_h, *upstream_c;  // [rows, H]: a loss's gradients after the step (h before a projection)
+  const S* dupstream_h;              // how the first changes, or null
+  // How the loss's gradients in wx, rh [rows, G * H], h and c [rows, H] change; h without what flows through rh. Null:
+  // rh's where it is wx's, those of h and c where they are nothing.
+  S *by_wx, *by_rh, *by_h, *by_c;
+  S* dh_after;  // [rows, H]: how h after the step changes
 };
 
 }  // namespace fusedrnn

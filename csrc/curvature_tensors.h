@@ -18,11 +18,10 @@ CurvatureResult with_curvature(const CurvatureArguments& given, Run run) {
     return empty(exists ? std::vector<int64_t>{rows, columns} : std::vector<int64_t>{0}, a.wx.scalar_type(), a.wx);
   };
   constexpr bool apart = Cell::shared < Cell::gates;
-  const CurvatureResult results{result(true, width),  result(apart, width),       result(true, width),
-                                result(apart, width), result(Cell::carries_h, H), result(Cell::has_c, H),
-                                result(true, H)};
+  const CurvatureResult results{result(true, width), result(apart, width), result(Cell::carries_h, H),
+                                result(Cell::has_c, H), result(true, H)};
   if (rows == 0 || H == 0) return results;
-  const auto& [by_wx, by_rh, dby_wx, dby_rh, dby_h, dby_c, dh_after] = results;
+  const auto& [by_wx, by_rh, by_h, by_c, dh_after] = results;
   const auto wanted = [](bool exists, const Tensor& t) { return exists ? data<S>(t) : nullptr; };
   run(Curvature<S>{.rows = rows,
                    .H = H,
@@ -39,10 +38,8 @@ CurvatureResult with_curvature(const CurvatureArguments& given, Run run) {
                    .dupstream_h = data<const S>(a.dupstream_h),
                    .by_wx = data<S>(by_wx),
                    .by_rh = wanted(apart, by_rh),
-                   .dby_wx = data<S>(dby_wx),
-                   .dby_rh = wanted(apart, dby_rh),
-                   .dby_h = wanted(Cell::carries_h, dby_h),
-                   .dby_c = wanted(Cell::has_c, dby_c),
+                   .by_h = wanted(Cell::carries_h, by_h),
+                   .by_c = wanted(Cell::has_c, by_c),
                    .dh_after = data<S>(dh_after)});
   return results;
 }

@@ -92,10 +92,10 @@ bool overlap(const Tensor& a, const Tensor& b);
 // Outputs of the ops.
 using ForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;        // y, h_n, c_n, gates, cells
 using BackwardResult = std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>>;  // dx, dh0, dc0, dweights
-using TangentResult = std::tuple<Tensor, Tensor, Tensor, Tensor>;                // dy, dh_n, dc_n, dcells
-using AdjointResult = std::tuple<Tensor, Tensor>;                                // dh, dc
-// by_wx, by_rh, dby_wx, dby_rh, dby_h, dby_c, dh_after
-using CurvatureResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using TangentResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;        // dy, dh_n, dc_n, dcells, drh
+using CurvatureResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;  // dby_wx, dby_rh, dby_h, dby_c, dh_after
+// dwx, drh, dh, dc, dh0, dc0
+using AdjointResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // Bits of the backward op's `needs`.
 constexpr int64_t need_dx = 1, need_dh0 = 2, need_dc0 = 4, need_first_weight = 8;

@@ -28,18 +28,17 @@ STABLE_TORCH_LIBRARY_FRAGMENT(FUSEDRNN_NAMESPACE, m) {
     m.def((cell + "_tangent(Tensor? dwx, Tensor? drh, Tensor? dy, Tensor? dh0, Tensor? dc0, Tensor x, Tensor? h0,"
                   " Tensor? c0, Tensor[] weights, Tensor? batch_sizes, int directions, Tensor y, Tensor gates,"
                   " Tensor cells, bool tf32=False)"
-                  " -> (Tensor dy, Tensor dh_n, Tensor dc_n, Tensor dcells)")
+                  " -> (Tensor dy, Tensor dh_n, Tensor dc_n, Tensor dcells, Tensor drh)")
               .c_str());
     m.def((cell + "_adjoint(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dcells, Tensor x, Tensor? h0, Tensor? c0,"
                   " Tensor[] weights, Tensor? batch_sizes, int directions, Tensor y, Tensor gates, Tensor cells,"
                   " bool tf32=False)"
-                  " -> (Tensor dh, Tensor dc)")
+                  " -> (Tensor dwx, Tensor drh, Tensor dh, Tensor dc, Tensor dh0, Tensor dc0)")
               .c_str());
     m.def((cell +
            "_curvature(Tensor wx, Tensor rh, Tensor h, Tensor? c, Tensor? dwx, Tensor? drh, Tensor? dh, Tensor? dc,"
            " Tensor upstream_h, Tensor? upstream_c, Tensor? dupstream_h)"
-           " -> (Tensor by_wx, Tensor by_rh, Tensor dby_wx, Tensor dby_rh, Tensor dby_h, Tensor dby_c,"
-           " Tensor dh_after)")
+           " -> (Tensor dby_wx, Tensor dby_rh, Tensor dby_h, Tensor dby_c, Tensor dh_after)")
               .c_str());
     m.def((cell + "_plan(Tensor like, int N, int H, int P, int directions, bool backward, bool projected,"
                   " int layers, bool tf32=False) -> (str name, str reason, int[] numbers)")

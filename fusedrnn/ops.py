@@ -26,25 +26,25 @@ loss in every state. Both are for float32 and float64 alone, :mod:`fusedrnn.seco
     <cell>_tangent(Tensor? dwx, Tensor? drh, Tensor? dy, Tensor? dh0, Tensor? dc0,
                    Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? batch_sizes,
                    int directions, Tensor y, Tensor gates, Tensor cells, bool tf32=False)
-        -> (Tensor dy, Tensor dh_n, Tensor dc_n, Tensor dcells)
+        -> (Tensor dy, Tensor dh_n, Tensor dc_n, Tensor dcells, Tensor drh)
     <cell>_adjoint(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dcells,
                    Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? batch_sizes,
                    int directions, Tensor y, Tensor gates, Tensor cells, bool tf32=False)
-        -> (Tensor dh, Tensor dc)
+        -> (Tensor dwx, Tensor drh, Tensor dh, Tensor dc, Tensor dh0, Tensor dc0)
 
-In these ``dwx [rows, D, G * H]`` is the change of ``wx``, ``drh`` that of ``rh`` as far as it comes from the weights
-alone (at a constant ``h_prev``), the argument ``dy`` that of ``h`` as far as it comes from the projection's weight;
-``dh`` is shaped as y, ``dc`` as cells. Second derivatives are one step's alone: of any steps of one direction,
-``[rows, .]``, ::
+The tangent op's arguments ``dwx [rows, D, G * H]``, ``drh`` and ``dy`` are the changes of ``wx``, of ``rh`` as far as
+it comes from the weights (at a constant ``h_prev``), and of ``h`` as far as it comes from the projection's weight; its
+result ``drh`` is the whole change of ``rh``. The adjoint op's results are a loss's gradients in ``wx``, ``rh`` and,
+shaped as y and as cells, in h and c of every step, and in the initial states; ``drh`` is empty where it is ``dwx``.
+Second derivatives are one step's alone: of any steps of one direction, ``[rows, .]``, ::
 
     <cell>_curvature(Tensor wx, Tensor rh, Tensor h, Tensor? c, Tensor? dwx, Tensor? drh, Tensor? dh,
                      Tensor? dc, Tensor upstream_h, Tensor? upstream_c, Tensor? dupstream_h)
-        -> (Tensor by_wx, Tensor by_rh, Tensor dby_wx, Tensor dby_rh, Tensor dby_h, Tensor dby_c,
-            Tensor dh_after)
+        -> (Tensor dby_wx, Tensor dby_rh, Tensor dby_h, Tensor dby_c, Tensor dh_after)
 
-has the gradients ``by_wx``, ... in the arguments for those after the step, and how these gradients and the h after the
-step (before a projection) change where the arguments and ``upstream_h`` do. ``by_rh`` is empty where it is ``by_wx``,
-``by_h`` is the part that does not flow through rh, empty if there is none.
+is how the gradients in ``wx``, ``rh``, ``h`` and ``c``, for those after the step, and the h after the step (before a
+projection) change where the arguments and ``upstream_h`` do. ``dby_rh`` is empty where it is ``dby_wx``; ``dby_h`` is
+the part that does not flow through rh, empty if there is none.
 
 ``<cell>_inference(Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? batch_sizes, int directions) ->
 Tensor[]`` is the forward op on a CPU without saving, and returns only ``y``, ``h_n`` and the LSTM's ``c_n``.
@@ -227,28 +227,30 @@ def _fake_backward(
     return gradient(0, *x.shape), gradient(1, directions, batch, projected), dc0, dweights
 
 
-def _fake_tangent(cell: str, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fake_tangent(cell: str, *arguments: Any) -> tuple[Tensor, ...]:
     """A tangent op gives what its forward op does, less the gates."""
     x, h0, c0, weights, batch_sizes, directions = arguments[5:11]
     y, h_n, c_n, _, cells = _fake_forward(cell, x, h0, c0, weights, batch_sizes, directions, True)
-    return y, h_n, c_n, cells
+    return y, h_n, c_n, cells, _fake_gates(x, weights, directions)
 
 
-def _fake_adjoint(cell: str, *arguments: Any) -> tuple[Tensor, Tensor]:
-    """An adjoint op's results are shaped as a tangent op's."""
+def _fake_adjoint(cell: str, *arguments: Any) -> tuple[Tensor, ...]:
+    """An adjoint op's results are shaped as what they are gradients of."""
     x, h0, c0, weights, batch_sizes, directions = arguments[4:10]
-    y, _, _, _, cells = _fake_forward(cell, x, h0, c0, weights, batch_sizes, directions, True)
-    return y, cells
+    y, h_n, c_n, _, cells = _fake_forward(cell, x, h0, c0, weights, batch_sizes, directions, True)
+    dwx = _fake_gates(x, weights, directions)
+    return dwx, torch.empty_like(dwx) if cell == "gru" else x.new_empty(0), y, cells, h_n, c_n
+
+
+def _fake_gates(x: Tensor, weights: Sequence[Tensor], directions: int) -> Tensor:
+    return x.new_empty(math.prod(x.shape[:-1]), directions, weights[0].shape[0])
 
 
 def _fake_curvature(cell: str, wx: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    rows, width = wx.shape
-    by_rh = wx.new_empty(wx.shape) if cell == "gru" else wx.new_empty(0)
-    h, c = wx.new_empty(rows, width // GATES[cell]), wx.new_empty(0)
-    if STATES[cell] == 2:
-        c = torch.empty_like(h)
-    by_h = torch.empty_like(h) if cell == "gru" else wx.new_empty(0)
-    return torch.empty_like(wx), by_rh, torch.empty_like(wx), torch.empty_like(by_rh), by_h, c, h
+    none, h = wx.new_empty(0), wx.new_empty(wx.shape[0], wx.shape[1] // GATES[cell])
+    of_gru = (torch.empty_like(wx), torch.empty_like(h)) if cell == "gru" else (none, torch.empty_like(none))
+    by_c = torch.empty_like(h) if STATES[cell] == 2 else torch.empty_like(none)
+    return torch.empty_like(wx), *of_gru, by_c, h
 
 
 def _inference(cell: str, *arguments: Any) -> list[Tensor]:

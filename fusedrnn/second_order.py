@@ -52,13 +52,13 @@ class Linearised:
     ) -> None:
         x, h0, c0, *weights = map(promote, arguments)
         dx, dh0, dc0, *dweights = map(promote, changes)
+        y, gates, cells = map(promote, saved)
         self._cell, self._tf32 = cell, ops.tf32(x)
-        self._layer: tuple[Any, ...] = (x, h0, c0, weights, batch_sizes, directions)
-        self._layer += tuple(map(promote, saved))
+        self._layer = (x, h0, c0, weights, batch_sizes, directions, y, gates, cells)
         self._directions = [_Direction(cell, d, self._layer, (dx, dh0, dc0, dweights)) for d in range(directions)]
         dwx, drh, dy = map(_side_by_side, zip(*[own.sources() for own in self._directions], strict=True))
-        dy = None if dy is None else dy.view_as(saved[0])
-        self.results = ops.tangent[cell](dwx, drh, dy, dh0, dc0, *self._layer, self._tf32)
+        dy = None if dy is None else dy.view_as(y)
+        *self.results, self._drh = ops.tangent[cell](dwx, drh, dy, dh0, dc0, *self._layer, self._tf32)
 
     @staticmethod
     def possible(arguments: Sequence[Any]) -> bool:
@@ -69,25 +69,29 @@ class Linearised:
     def gradients(self, upstream: Sequence[Tensor | None], wanted: Sequence[bool]) -> list[Tensor | None]:
         """Those of ``sum(upstream * results)`` in ``x, h0, c0, *weights`` that are wanted."""
         dy, _, _, dcells = self.results
-        adjoint = ops.adjoint[self._cell](*map(promote, upstream), *self._layer, self._tf32)
+        dwx, drh, dh, dc, *_ = ops.adjoint[self._cell](*map(promote, upstream), *self._layer, self._tf32)
+        drh = drh if drh.numel() else dwx
+        steps = [own.by_itself((dwx, drh, dh, dc), (self._drh, dy, dcells)) for own in self._directions]
+        starts, before = zip(*[zip(*step, strict=True) for step in steps], strict=True)
+        before_h, *before_c = (torch.stack(s, 1) for s in zip(*before, strict=True))
+        dwx, drh, dh, _, *dstarts = ops.adjoint[self._cell](
+            before_h.view_as(dy), None, None, (*before_c, None)[0], *self._layer, self._tf32
+        )
+        drh = drh if drh.numel() else dwx
+        for total, own in zip(dstarts, zip(*starts, strict=True), strict=False):
+            total += torch.stack(own)
         wants = ops.of_layers(wanted[3:], len(self._directions))
         parts = [
-            own.gradients(adjoint, (dy, dcells), Weights.of(want), want_x=wanted[0])
+            own.gradients((dwx, drh, dh), wanted[0], Weights.of(want))
             for own, want in zip(self._directions, wants, strict=True)
         ]
-        h_before, *c_before = (torch.stack(s, 1) for s in zip(*[p.before for p in parts], strict=True))
-        mask = sum([1 << bit for bit, want in enumerate(wanted) if want])
-        dx, *dstarts, dweights = ops.backward[self._cell](
-            h_before.view_as(dy), None, None, (*c_before, None)[0], *self._layer, mask, self._tf32
-        )
-        starts = [torch.stack(s) for s in zip(*[p.starts for p in parts], strict=True)]
-        own: list[Any] = [sum(p.dx for p in parts) if wanted[0] else None, *starts, *[None] * (2 - len(starts))]
-        own += [dw for p, want in zip(parts, wants, strict=True) for dw in p.dweights.listed(len(want))]
-        carried = [dx, *dstarts, *dweights]
-        return [
-            (c if o is None else c.add_(o.view_as(c))) if want else None
-            for want, c, o in zip(wanted, carried, own, strict=True)
+        dx = sum([p[0] for p in parts[1:]], parts[0][0]).view_as(self._layer[0]) if wanted[0] else None
+        found = [
+            dx,
+            *dstarts,
+            *[dw for (_, own), want in zip(parts, wants, strict=True) for dw in own.listed(len(want))],
         ]
+        return [g if want else None for g, want in zip(found, wanted, strict=True)]
 
 
 class Weights(NamedTuple):
@@ -130,49 +134,59 @@ class _Direction:
         self._x, self._dx = x.flatten(0, -2), None if dx is None else dx.flatten(0, -2)
         self._w, self._dw = (Weights.of(ops.of_layers(each, directions)[d]) for each in (weights, dweights))
         self._h_prev, self._c_prev = self._states_before(h0, c0, y, cells)
-        self._h_full = None if self._w.w_hr is None else gates[:, d, -1]  # h before the projection
+        self._h_full: Any = None if self._w.w_hr is None else gates[:, d, -1]  # h before the projection
         self._dwx = _change(self._x, self._dx, self._w.w_ih, self._dw.w_ih, self._dw.b_ih)
-        self._drh = _change(self._h_prev, None, self._w.w_hh, self._dw.w_hh, self._dw.b_hh)
 
     def sources(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The tangent op's ``dwx, drh, dy``."""
-        return self._dwx, self._drh, _change(self._h_full, None, None, self._dw.w_hr, None)
+        drh = _change(self._h_prev, None, None, self._dw.w_hh, self._dw.b_hh)
+        return self._dwx, drh, _change(self._h_full, None, None, self._dw.w_hr, None)
 
-    def gradients(self, adjoint: Sequence[Tensor], change: Sequence[Tensor], wanted: Weights, want_x: bool) -> _Part:
-        """What the steps add by themselves, from a loss's gradients in every ``y, cells`` and these states' changes."""
+    def by_itself(self, adjoint: Sequence[Tensor], changes: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """What each step by itself adds to the gradients in the h (and c) before it: in the starts, and in the rows.
+
+        Args:
+            adjoint: a loss's gradients in all ``wx, rh, y, cells``.
+            changes: those of ``rh, y, cells``.
+        """
         w, dw = self._w, self._dw
-        dh_prev, dc_prev = self._states_before(self._dh0, self._dc0, *change)
-        drh = dh_prev @ w.w_hh.T if self._drh is None else torch.addmm(self._drh, dh_prev, w.w_hh.T)
-        a_h, a_c = self._rows(*adjoint)
-        a_full, da_full = (a_h, None) if w.w_hr is None else (a_h @ w.w_hr, None if dw.w_hr is None else a_h @ dw.w_hr)
-        by_wx, by_rh, wx, rh, h, c, dh_full = ops.curvature[self._cell](
+        self._by_wx, self._by_rh = (t[:, self._d] for t in adjoint[:2])
+        self._by_h, by_c = self._states(*adjoint[2:])
+        self._dh_prev, dc_prev = self._states_before(self._dh0, self._dc0, *changes[1:])
+        by_full = self._by_h if w.w_hr is None else self._by_h @ w.w_hr
+        self._wx, rh, h, c, self._dh_full = ops.curvature[self._cell](
             linear(self._x, w.w_ih, w.b_ih), linear(self._h_prev, w.w_hh, w.b_hh), self._h_prev, self._c_prev,
-            self._dwx, drh, dh_prev, dc_prev, a_full, a_c, da_full,
+            self._dwx, changes[0][:, self._d], self._dh_prev, dc_prev,
+            by_full, by_c, None if dw.w_hr is None else self._by_h @ dw.w_hr,
         )  # fmt: skip
-        if by_rh.numel() == 0:
-            by_rh, rh = by_wx, wx
-        through_rh = _pull(rh, w.w_hh, by_rh, dw.w_hh)
-        states = [through_rh + h if h.numel() else through_rh, *([] if a_c is None else [c])]
-        starts, before = zip(*map(self._before.give, states), strict=True)
+        self._rh = rh if rh.numel() else self._wx
+        through_rh = _pull(self._rh, w.w_hh, self._by_rh, dw.w_hh)
+        return [self._before.give(s) for s in (through_rh + h if h.numel() else through_rh, c) if s.numel()]
+
+    def gradients(self, carried: Sequence[Tensor], want_x: bool, wanted: Weights) -> tuple[Any, Weights]:
+        """In x and the weights; ``carried`` is what came from later steps to ``wx, rh, y``."""
+        wx, rh = self._wx + carried[0][:, self._d], self._rh + carried[1][:, self._d]
         dweights = Weights(
-            _outer(wx, self._x, by_wx, self._dx) if wanted.w_ih else None,
-            _outer(rh, self._h_prev, by_rh, dh_prev) if wanted.w_hh else None,
+            _outer(wx, self._x, self._by_wx, self._dx) if wanted.w_ih else None,
+            _outer(rh, self._h_prev, self._by_rh, self._dh_prev) if wanted.w_hh else None,
             wx.sum(0) if wanted.b_ih else None,
             rh.sum(0) if wanted.b_hh else None,
-            a_h.T @ dh_full if wanted.w_hr else None,
+            _outer(self._of_y(carried[2]), self._h_full, self._by_h, self._dh_full) if wanted.w_hr else None,
         )
-        return _Part(before, starts, _pull(wx, w.w_ih, by_wx, dw.w_ih) if want_x else None, dweights)
+        return _pull(wx, self._w.w_ih, self._by_wx, self._dw.w_ih) if want_x else None, dweights
 
-    def _rows(self, y: Tensor, cells: Tensor) -> tuple[Tensor, Tensor | None]:
-        """This direction's h and c, if there is one."""
-        h = y.flatten(0, -2).unflatten(-1, (self._count, -1))[:, self._d]
-        return h, cells[:, self._d] if cells.dim() > 1 else None
+    def _of_y(self, y: Tensor) -> Tensor:
+        return y.flatten(0, -2).unflatten(-1, (self._count, -1))[:, self._d]
+
+    def _states(self, y: Tensor, cells: Tensor) -> tuple[Tensor, Tensor | None]:
+        """h and, if there is one, c."""
+        return self._of_y(y), cells[:, self._d] if cells.dim() > 1 else None
 
     def _states_before(
         self, h0: Tensor | None, c0: Tensor | None, y: Tensor, cells: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """The states before each step."""
-        h, c = self._rows(y, cells)
+        h, c = self._states(y, cells)
         h_prev = self._before.take(None if h0 is None else h0[self._d], h)
         return h_prev, None if c is None else self._before.take(None if c0 is None else c0[self._d], c)
 

@@ -18,24 +18,32 @@ SHAPES = [(1, 1, 2, 1), (5, 3, 4, 7), (4, 13, 5, 33), (17, 2, 3, 16), (6, 20, 8,
 
 
 def perturbed(case, inputs, dwx, drh, dh, dc):
-    """The reference with something added to wx, rh, and each step's h (before a projection) and c: [rows, D, .]."""
+    """The reference with something added to wx, rh, and each step's h (before a projection) and c, all [rows, D, .].
+
+    Its results, and every rh.
+    """
     sizes = [case.N] * case.T if inputs.batch_sizes is None else inputs.batch_sizes.tolist()
 
     def in_turn(t):
         return iter([part for d in range(case.directions) for part in t[:, d].split(sizes)[:: -1 if d else 1]])
 
+    rhs: list[torch.Tensor] = []
     parts, cell_step = [in_turn(t) for t in (dwx, drh, dh, dc)], getattr(reference, f"{case.cell}_step")
 
     def step(wx, rh, state):
         more = [next(part) for part in parts]
-        new = cell_step(wx + more[0], rh + more[1], state)
+        rhs.append(rh + more[1])
+        new = cell_step(wx + more[0], rhs[-1], state)
         return tuple(s + m for s, m in zip(new, more[2:], strict=False))
 
     lstm, reference.lstm_step = reference.lstm_step, step if case.cell == "lstm" else reference.lstm_step
     try:  # it tells an LSTM by its step
-        return reference._layer(step, GATES[case.cell], *inputs.arguments())
+        results = reference._layer(step, GATES[case.cell], *inputs.arguments())
     finally:
         reference.lstm_step = lstm
+    T = len(sizes)
+    every_rh = torch.stack([torch.cat(rhs[d * T : (d + 1) * T][:: -1 if d else 1]) for d in range(case.directions)], 1)
+    return *results, every_rh
 
 
 def perturbations(case, device, seed=2):
@@ -101,19 +109,24 @@ def test_linear_ops(name, shape, dtype, ragged, device, capability):
 
     upstream = make_gradients(case, device)
     upstream[3] = changes[3] if case.cell == "lstm" else None
-    every_h, every_c = linear_op(case, "adjoint")(*upstream, *saved)
-    leaves = [t.requires_grad_() for t in zeros[2:]]
-    outputs = perturbed(case, wide, *zeros[:2], *leaves)
-    given = [(o, g.cpu().double()) for o, g in zip(outputs, upstream, strict=True) if g is not None]
+    by_wx, by_rh, every_h, every_c, dh0, dc0 = linear_op(case, "adjoint")(*upstream, *saved)
+    leaves = [t.requires_grad_() for t in zeros]
+    starts = [s.requires_grad_() for s in states]
+    outputs = perturbed(case, wide, *leaves)
+    given = [(o, g.cpu().double()) for o, g in zip(outputs, upstream, strict=False) if g is not None]
     roots, weights = zip(*given, strict=True)
-    by_h, by_c = grad(roots, leaves, weights, allow_unused=True)
+    expected_wx, expected_rh, by_h, by_c, *by_starts = grad(roots, [*leaves, *starts], weights, allow_unused=True)
     if case.P:  # the loops' h is before the projection
         count = len(inputs.weights) // case.directions
         w_hrs = [w.cpu().double() for w in inputs.weights[count - 1 :: count]]
         every_h = every_h.cpu().double().reshape(case.rows, case.directions, case.P)
         every_h = torch.stack([every_h[:, d] @ w for d, w in enumerate(w_hrs)], 1).to(dtype)
-    found = {"dh": every_h.reshape(by_h.shape), "dc": every_c}
-    expected = {"dh": by_h, "dc": by_c if case.cell == "lstm" else by_h.new_zeros(0)}
+    found = {"dwx": by_wx, "drh": by_rh, "dh": every_h.reshape(by_h.shape), "dc": every_c}
+    expected = {"dwx": expected_wx, "drh": expected_rh if case.cell == "gru" else by_h.new_zeros(0), "dh": by_h}
+    expected["dc"] = by_c if case.cell == "lstm" else by_h.new_zeros(0)
+    if starts:
+        found |= dict(zip(("dh0", "dc0"), (dh0, dc0)[: len(starts)], strict=False))
+        expected |= dict(zip(("dh0", "dc0"), by_starts, strict=False))
     assert_close_to_reference(found, None, expected, what=f"adjoint {case}", slack=4)
 
 
@@ -133,7 +146,7 @@ def test_linear_ops_of_nothing(name, device):
     dy, dh_n, *_ = linear_op(case, "tangent")(None, None, None, inputs.h0, None, *saved)
     assert dy.shape == y.shape
     assert torch.equal(dh_n, inputs.h0)
-    assert linear_op(case, "adjoint")(*[None] * 4, *saved)[0].shape == y.shape
+    assert linear_op(case, "adjoint")(*[None] * 4, *saved)[2].shape == y.shape
 
 
 @pytest.mark.parametrize("changing", [True, False], ids=["along all", "along none"])
@@ -141,7 +154,7 @@ def test_linear_ops_of_nothing(name, device):
 @pytest.mark.parametrize("H", [1, 16, 37])
 @pytest.mark.parametrize("cell", ops.CELLS)
 def test_curvature_op(cell, H, dtype, changing, device, capability):
-    """One step's gradients, and how they and its h change, by autograd through the reference's step."""
+    """How one step's gradients and its h change, by autograd through the reference's step."""
     generator = torch.Generator().manual_seed(H)
     widths = [GATES[cell] * H] * 2 + [H] * ops.STATES[cell]
     arguments, changes, upstream = (
@@ -157,7 +170,7 @@ def test_curvature_op(cell, H, dtype, changing, device, capability):
         return after[0], *pull((a_h, *upstream[1:]))
 
     directions = changes if changing else [torch.zeros_like(t) for t in changes]
-    (_, *first), (dh_after, *second) = jvp(gradients, (upstream[0], *arguments), (along, *directions))
+    _, (dh_after, *second) = jvp(gradients, (upstream[0], *arguments), (along, *directions))
     given = [t.to(device, dtype) for t in (*arguments, *changes, *upstream, along)]
     k = len(arguments)
     pad = lambda ts, n: [*ts, *[None] * (n - len(ts))]  # noqa: E731
@@ -165,15 +178,14 @@ def test_curvature_op(cell, H, dtype, changing, device, capability):
     found = layer_op(f"{cell}_curvature")(
         *pad(given[:k], 4), *pad(moved, 4), *pad(given[2 * k : -1], 2), given[-1] if changing else None
     )
-    by_wx, by_rh, dby_wx, dby_rh, dby_h, dby_c, dh = found
-    results = {"by_wx": by_wx, "dby_wx": dby_wx, "dh_after": dh}
-    expected = {"by_wx": first[0], "dby_wx": second[0], "dh_after": dh_after}
+    dby_wx, dby_rh, dby_h, dby_c, dh = found
+    results, expected = {"dby_wx": dby_wx, "dh_after": dh}, {"dby_wx": second[0], "dh_after": dh_after}
     if cell == "gru":
-        results |= {"by_rh": by_rh, "dby_rh": dby_rh, "dby_h": dby_h}
-        expected |= {"by_rh": first[1], "dby_rh": second[1], "dby_h": second[2]}
+        results |= {"dby_rh": dby_rh, "dby_h": dby_h}
+        expected |= {"dby_rh": second[1], "dby_h": second[2]}
     if cell == "lstm":
         results["dby_c"], expected["dby_c"] = dby_c, second[3]
-    for empty in (by_rh, dby_rh, dby_h) if cell != "gru" else (dby_c,):
+    for empty in (dby_rh, dby_h) if cell != "gru" else (dby_c,):
         assert empty.shape == (0,)
     assert_close_to_reference(results, None, expected, what=cell, slack=4)
 

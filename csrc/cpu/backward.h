@@ -275,6 +275,8 @@ class BackwardPass {
       const S* h = p_.y.at(shape_, t, b);
       const S* h_prev = h_before(before, b, carried);
       S* dgates = drh(chunk, s, b);
+      S* dwx_out = p_.dwx.data ? p_.dwx.at(shape_, t, b) : nullptr;
+      S* drh_out = p_.drh.data ? p_.drh.at(shape_, t, b) : nullptr;
       for (int v = 0; v < vectors; ++v) {
         const int64_t unit = first_unit + v * w;
         for (int k = 0; k < Cell::saved; ++k) __builtin_prefetch(gates + rows_ahead * p_.gates.row + k * H + unit);
@@ -300,6 +302,8 @@ class BackwardPass {
           for (int g = 0; g < G; ++g) {
             store(dgates + Slot::dwx(g) * H + unit, dwx[g], valid);
             if (g >= Cell::shared) store(dgates + Slot::drh(g) * H + unit, drh[g], valid);
+            if (dwx_out) store(dwx_out + g * H + unit, dwx[g], valid);
+            if (drh_out) store(drh_out + g * H + unit, drh[g], valid);
           }
           if constexpr (Cell::carries_h) store(dh_ + b * H + unit, dprev.h, valid);
           if constexpr (Cell::has_c) store(dc_ + b * H + unit, dprev.c, valid);

@@ -30,10 +30,9 @@ void curvature(const Curvature<S>& p, int threads) {
     const StepGradients<Cell, V> found(wx, rh, prev, upstream);
     for (int g = 0; g < G; ++g) {
       const int64_t of_gate = (r * G + g) * H + unit;
-      write(p.by_wx, of_gate, found.dwx[g].value), write(p.dby_wx, of_gate, found.dwx[g].change);
-      write(p.by_rh, of_gate, found.drh[g].value), write(p.dby_rh, of_gate, found.drh[g].change);
+      write(p.by_wx, of_gate, found.dwx[g].change), write(p.by_rh, of_gate, found.drh[g].change);
     }
-    write(p.dby_h, at, found.dprev.h.change), write(p.dby_c, at, found.dprev.c.change);
+    write(p.by_h, at, found.dprev.h.change), write(p.by_c, at, found.dprev.c.change);
     write(p.dh_after, at, found.h.change);
   };
   run_team(threads, [&](Member me) {

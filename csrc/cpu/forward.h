@@ -245,6 +245,7 @@ class ForwardPass {
       const S *dwx = row(p.dwx), *drh = row(p.drh), *dy = shape_.projected ? nullptr : row(p.dy);
       const S *gates = row(p.at.gates), *h = row(p.at.y), *h_prev = row_before(p.at.y, p.at.h0, shape_.P);
       const A *c = row(p.at.cells), *c_prev = Cell::has_c ? row_before(p.at.cells, p.at.c0, H) : nullptr;
+      S* drh_out = p.drh_out.at(shape_, t, n);
       S* dh_out = shape_.projected ? h_full(t, n) : p_.y.at(shape_, t, n);
       A* dc_out = Cell::has_c ? p_.cells.at(shape_, t, n) : nullptr;
       for (int v = 0; v < vectors; ++v) {
@@ -258,6 +259,7 @@ class ForwardPass {
           for (int g = 0; g < G; ++g) {
             dwxv[g] = load_or_zero(dwx, g * H);
             drhv[g] = load(rh + i * width + (v * G + g) * w) + load_or_zero(drh, g * H);
+            store(drh_out + g * H + unit, drhv[g], valid);
           }
           State<V> prev{}, state{}, dprev{};
           if constexpr (Cell::reads_h) prev.h = load_or_zero(h_prev, 0), state.h = load(h + unit, valid);

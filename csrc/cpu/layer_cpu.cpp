@@ -155,9 +155,11 @@ TangentResult tangent(const Layer& l, const TangentArguments& a) {
   const Tensor dy = empty_kept<S>(l.y_shape(), l.dtype, y), dh_n = empty(l.h_shape(), l.dtype, y);
   const Tensor dc_n = empty(l.has_c ? l.c_shape() : none, l.dtype, y);
   const Tensor dcells = empty_kept<S>(l.has_c ? l.cells_shape() : none, l.dtype, y);
+  const Tensor drh_out = empty_kept<S>({l.rows, l.directions, l.gates * l.H}, l.dtype, y);
+  const TangentResult results{dy, dh_n, dc_n, dcells, drh_out};
   if (nothing_to_do(l)) {
     results_without_work(l, dh0, dc0, {dy, dh_n, dc_n, dcells, dcells});
-    return {dy, dh_n, dc_n, dcells};
+    return results;
   }
   Forward<S> p[2];
   const int64_t D = l.directions, gates_row = D * l.saved * l.H, GH = l.gates * l.H;
@@ -182,16 +184,17 @@ TangentResult tangent(const Layer& l, const TangentArguments& a) {
                            .c0 = offset(data<const S>(c0), d * l.N * l.H)},
                     .dwx = {offset(data<const S>(dwx), d * GH), D * GH},
                     .drh = {offset(data<const S>(drh), d * GH), D * GH},
-                    .dy = {offset(data<const S>(source), d * l.P), D * l.P}};
+                    .dy = {offset(data<const S>(source), d * l.P), D * l.P},
+                    .drh_out = {data<S>(drh_out) + d * GH, D * GH}};
   }
   cpu_kernels().of<S>(kind_of<Cell>()).tangent(p, int(D), threads_for(l));
-  return {dy, dh_n, dc_n, dcells};
+  return results;
 }
 
-// With `states`, dL/dh and dL/dc of every step are written to these.
+// With `every`, the gradients of every step are written to its first four tensors.
 template <class Cell, class S>
 BackwardResult backward(const Layer& l, const BackwardArguments& a, int64_t needs,
-                        const AdjointResult* states = nullptr) {
+                        const AdjointResult* every = nullptr) {
   const Tensor x = dense_columns(a.x), y = dense(a.y), gates = dense(a.gates), cells = dense(a.cells);
   const MaybeTensor dy = a.dy ? MaybeTensor(dense_columns(*a.dy)) : a.dy;
   const MaybeTensor dh_n = dense(a.dh_n), dc_n = dense(a.dc_n), dcells = dense(a.dcells);
@@ -241,14 +244,29 @@ BackwardResult backward(const Layer& l, const BackwardArguments& a, int64_t need
             .db_hh = l.bias ? dw(3) : nullptr,
             .dw_hr = l.projected ? dw(each - 1) : nullptr};
     p[d].dy.data = offset(p[d].dy.data, d * l.P);
-    if (states) {
-      const auto& [dh, dc] = *states;
+    if (every) {
+      const auto& [dwx, drh, dh, dc, _, __] = *every;
+      const int64_t GH = l.gates * l.H;
+      p[d].dwx = {data<S>(dwx) + d * GH, D * GH};
+      if (Cell::shared < Cell::gates) p[d].drh = {data<S>(drh) + d * GH, D * GH};
       p[d].dh = {data<S>(dh) + d * l.P, D * l.P};
       if (l.has_c) p[d].dc = {data<Acc<S>>(dc) + d * l.H, D * l.H};
     }
   }
   cpu_kernels().of<S>(kind_of<Cell>()).backward(p, int(D), threads_for(l));
   return results;
+}
+
+template <class Cell, class S>
+AdjointResult adjoint(const Layer& l, const BackwardArguments& a) {
+  const std::vector<int64_t> none{0}, gates{l.rows, l.directions, l.gates * l.H};
+  const Tensor dwx = empty_kept<S>(gates, l.dtype, a.x);
+  const Tensor drh = empty_kept<S>(Cell::shared < Cell::gates ? gates : none, l.dtype, a.x);
+  const Tensor dh = empty_kept<S>(l.y_shape(), l.dtype, a.x);
+  const Tensor dc = empty_kept<S>(l.has_c ? l.cells_shape() : none, l.dtype, a.x);
+  const AdjointResult every{dwx, drh, dh, dc, dh, dc};
+  const auto [dx, dh0, dc0, dweights] = backward<Cell, S>(l, a, need_dh0 | need_dc0, &every);
+  return {dwx, drh, dh, dc, dh0, dc0};
 }
 
 // float16 has no arithmetic of its own on most CPUs: it is computed in float32.
@@ -356,13 +374,7 @@ AdjointResult adjoint_op(const MaybeTensor& dy, const MaybeTensor& dh_n, const M
   l.check_linear();
   l.check_backward(dy, dh_n, dc_n, dcells, y, gates, cells);
   const BackwardArguments a{dy, dh_n, dc_n, dcells, x, h0, c0, weights, y, gates, cells};
-  const AdjointResult states{empty(l.y_shape(), l.dtype, x),
-                             empty(l.has_c ? l.cells_shape() : std::vector<int64_t>{0}, l.dtype, x)};
-  if (l.dtype == ScalarType::Double)
-    backward<Cell, double>(l, a, 0, &states);
-  else
-    backward<Cell, float>(l, a, 0, &states);
-  return states;
+  return l.dtype == ScalarType::Double ? adjoint<Cell, double>(l, a) : adjoint<Cell, float>(l, a);
 }
 
 template <class Cell>

@@ -66,6 +66,7 @@ struct Tangent {
   Taken<S> at;
   Rows<const S> dwx, drh;  // [rows, G * H] or null data: the changes of wx, and of rh at a constant h_prev
   Rows<const S> dy;        // [rows, P] or null data: the change of h at a constant state before the projection
+  Rows<S> drh_out;         // [rows, G * H]: the change of rh
 };
 
 template <class S>
@@ -105,8 +106,9 @@ struct Backward {
   S* db_ih;
   S* db_hh;
   S* dw_hr;
-  Rows<S> dh = {};       // [rows, P] or null data: dL/dh of every step
-  Rows<Acc<S>> dc = {};  // [rows, H] or null data: dL/dc
+  Rows<S> dwx = {}, drh = {};  // [rows, G * H] or null data: dL/dwx and dL/drh of every step
+  Rows<S> dh = {};             // [rows, P] or null data: dL/dh
+  Rows<Acc<S>> dc = {};        // [rows, H] or null data: dL/dc
 };
 
 }  // namespace fusedrnn

@@ -18,17 +18,17 @@ class BackwardPass {
   static constexpr bool apart = Cell::shared < Cell::gates;  // dwx is not drh
 
  public:
-  // What all steps share, and scratch memory. `to` is written to, where the bits of `needs` say so; `states`, if given,
-  // get dL/dh and dL/dc of every step.
+  // What all steps share, and scratch memory. `to` is written to, where the bits of `needs` say so; `every`, if
+  // given, gets the gradients of every step in its first four tensors.
   BackwardPass(const Layer& layer, const BackwardArguments& arguments, int64_t needs_, const BackwardResult& to_,
-               Stream stream, const AdjointResult* states_ = nullptr)
+               Stream stream, const AdjointResult* every_ = nullptr)
       : l(layer),
         call(l, arguments.x, stream),
         a(dense_arguments(arguments)),
         x(stable::reshape(a.x, {l.rows, l.I})),
         needs(needs_),
         to(to_),
-        states(states_) {
+        every(every_) {
     const int64_t D = l.directions, G = l.gates, H = l.H, P = l.P, N = l.N, each = l.weights_per_direction;
     const int64_t width = padded<S>(G * H), p_width = padded<S>(P);
     const auto turned = [](const Tensor& t) { return stable::contiguous(transposed(t)); };
@@ -78,10 +78,9 @@ class BackwardPass {
                         .dh0 = needs & need_dh0 ? data<S>(dh0) + d * N * P : nullptr,
                         .dc0 = l.has_c && (needs & need_dc0) ? data<S>(dc0) + d * N * H : nullptr,
                         .arrivals = call.arrivals_of(d)};
-      if (!states) continue;
-      const auto& [every_dh, every_dc] = *states;
-      if (!l.projected) p.direction[d].dh = {data<S>(every_dh) + d * P, D * P};
-      if (l.has_c) p.direction[d].dc_all = {data<A>(every_dc) + d * H, D * H};
+      if (!every) continue;
+      if (!l.projected) p.direction[d].dh = {data<S>(std::get<2>(*every)) + d * P, D * P};
+      if (l.has_c) p.direction[d].dc_all = {data<A>(std::get<3>(*every)) + d * H, D * H};
     }
   }
 
@@ -89,15 +88,22 @@ class BackwardPass {
   void run(const Plan& plan, int64_t first, int64_t last, Stream stream) {
     const bool initial = first == 0 && (needs & (need_dh0 | (l.has_c ? need_dc0 : 0)));
     run_backward<Cell, Math>(p, plan, request<Math>(l, true), initial ? -1 : first, last, stream);
-    if (states && l.projected) {
-      Tensor every_dh = stable::reshape(std::get<0>(*states), {l.rows, l.directions, l.P});
-      stable::copy_(every_dh, fusedrnn::narrow(dh, 2, 0, l.P));
-    }
     if (!(needs & need_dx)) return;
     const int64_t row = l.offset[first], rows = l.offset[last] - row, width = dwx.size(1) * dwx.size(2);
     const Tensor dx = stable::reshape(std::get<0>(to), {l.rows, l.I});
     const Tensor gradients = fusedrnn::narrow(stable::reshape(dwx, {l.rows, width}), 0, row, rows);
     multiply<Math>(fusedrnn::narrow(dx, 0, row, rows), gradients, w_ih);
+  }
+
+  // What `every` gets beside what the kernels write to it; after all steps.
+  void gradients_of_every_step() const {
+    const auto copy = [](Tensor to, const Tensor& from, int64_t width) {
+      to = stable::reshape(to, {from.size(0), from.size(1), width});
+      stable::copy_(to, fusedrnn::narrow(from, 2, 0, width));
+    };
+    copy(std::get<0>(*every), dwx, l.gates * l.H);
+    if (apart) copy(std::get<1>(*every), drh, l.gates * l.H);
+    if (l.projected) copy(std::get<2>(*every), dh, l.P);
   }
 
   // After all steps.
@@ -135,7 +141,7 @@ class BackwardPass {
   const Tensor x;
   const int64_t needs;
   const BackwardResult to;
-  const AdjointResult* const states;
+  const AdjointResult* const every;
   std::vector<Tensor> w_hhs, w_hh_gates, w_hrs;
   Tensor w_ih, drh, dwx, dh, dh_direct, dc;
   Backward<S> p{};

@@ -36,10 +36,9 @@ curvature(const Curvature<S> p) {
 #pragma unroll
     for (int g = 0; g < G; ++g) {
       const int64_t of_gate = (r * G + g) * p.H + unit;
-      write(p.by_wx, of_gate, found.dwx[g].value), write(p.dby_wx, of_gate, found.dwx[g].change);
-      write(p.by_rh, of_gate, found.drh[g].value), write(p.dby_rh, of_gate, found.drh[g].change);
+      write(p.by_wx, of_gate, found.dwx[g].change), write(p.by_rh, of_gate, found.drh[g].change);
     }
-    write(p.dby_h, at, found.dprev.h.change), write(p.dby_c, at, found.dprev.c.change);
+    write(p.by_h, at, found.dprev.h.change), write(p.by_c, at, found.dprev.c.change);
     write(p.dh_after, at, found.h.change);
   }
 }

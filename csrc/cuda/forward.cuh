@@ -77,7 +77,8 @@ class ForwardPass {
   Forward<S> p{};
 };
 
-// The derivative of the forward pass, in one run. `to` gets the changes of y, h_n, c_n and cells, and has no gates.
+// The derivative of the forward pass, in one run. `to` gets the changes of y, h_n, c_n and cells, and has no gates;
+// `drh` gets those of rh.
 template <class Cell, class Math>
 class TangentPass : ForwardPass<Cell, Math> {
   using Base = ForwardPass<Cell, Math>;
@@ -85,7 +86,7 @@ class TangentPass : ForwardPass<Cell, Math> {
   using Base::l, Base::p;
 
  public:
-  TangentPass(const Layer& layer, const TangentArguments& a, const ForwardResult& to, Stream stream)
+  TangentPass(const Layer& layer, const TangentArguments& a, const ForwardResult& to, const Tensor& drh, Stream stream)
       : Base(layer, a.x, a.dh0, a.dc0, a.weights, to, 0, stream),
         a{dense(a.dwx), dense(a.drh),   dense(a.dy),   {}, {}, a.x, dense(a.h0), dense(a.c0), {},
           dense(a.y),   dense(a.gates), dense(a.cells)} {
@@ -99,7 +100,8 @@ class TangentPass : ForwardPass<Cell, Math> {
                                 .c0 = offset(data<const S>(from.c0), d * l.N * l.H),
                                 .dwx = {offset(data<const S>(from.dwx), d * GH), D * GH},
                                 .drh = {offset(data<const S>(from.drh), d * GH), D * GH},
-                                .dy = {offset(data<const S>(from.dy), d * l.P), D * l.P}};
+                                .dy = {offset(data<const S>(from.dy), d * l.P), D * l.P},
+                                .drh_out = {data<S>(drh) + d * GH, D * GH}};
     }
   }
 

@@ -56,27 +56,38 @@ TangentResult tangent(const Layer& l, const TangentArguments& a) {
   const Tensor dy = empty(l.y_shape(), l.dtype, a.x), dh_n = empty(l.h_shape(), l.dtype, a.x);
   const Tensor dc_n = empty(l.has_c ? l.c_shape() : none, l.dtype, a.x);
   const Tensor dcells = empty(l.has_c ? l.cells_shape() : none, l.dtype, a.x);
+  const Tensor drh = empty({l.rows, l.directions, l.gates * l.H}, l.dtype, a.x);
   const ForwardResult to{dy, dh_n, dc_n, empty(none, l.dtype, a.x), dcells};
   if (nothing_to_do(l)) {
     results_without_work(l, a.dh0, a.dc0, to);
   } else {
     const OnDevice device(a.x.get_device_index());
-    TangentPass<Cell, Math>(l, a, to, device.stream()).run(device.stream());
+    TangentPass<Cell, Math>(l, a, to, drh, device.stream()).run(device.stream());
   }
-  return {dy, dh_n, dc_n, dcells};
+  return {dy, dh_n, dc_n, dcells, drh};
 }
 
 template <class Cell, class Math>
 AdjointResult adjoint(const Layer& l, const BackwardArguments& a) {
-  const std::vector<int64_t> none{0};
-  const AdjointResult states{empty(l.y_shape(), l.dtype, a.x), empty(l.has_c ? l.cells_shape() : none, l.dtype, a.x)};
-  if (nothing_to_do(l)) return states;
+  const auto result = [&](bool exists, const std::vector<int64_t>& shape) {
+    return empty(exists ? shape : std::vector<int64_t>{0}, l.dtype, a.x);
+  };
+  const std::vector<int64_t> gates{l.rows, l.directions, l.gates * l.H};
+  const AdjointResult every{result(true, gates),       result(Cell::shared < Cell::gates, gates),
+                            result(true, l.y_shape()), result(l.has_c, l.cells_shape()),
+                            result(true, l.h_shape()), result(l.has_c, l.c_shape())};
+  const auto& [dwx, drh, dh, dc, dh0, dc0] = every;
+  const BackwardResult to{empty({0}, l.dtype, a.x), dh0, dc0, {}};
+  if (nothing_to_do(l)) {
+    gradients_without_work(l, a.dh_n, a.dc_n, to);
+    return every;
+  }
   const OnDevice device(a.x.get_device_index());
   const Plan plan = find_plan<Cell, Math>(request<Math>(l, true), 1);
-  const Tensor nothing = empty(none, l.dtype, a.x);
-  const BackwardResult to{nothing, nothing, nothing, {}};
-  BackwardPass<Cell, Math>(l, a, 0, to, device.stream(), &states).run(plan, 0, l.T, device.stream());
-  return states;
+  BackwardPass<Cell, Math> pass(l, a, need_dh0 | need_dc0, to, device.stream(), &every);
+  pass.run(plan, 0, l.T, device.stream());
+  pass.gradients_of_every_step();
+  return every;
 }
 
 // Calls function(Math{}) with the way to multiply of a dtype; float multiplies in TF32 if that is allowed.

@@ -57,7 +57,7 @@ struct Range {
 };
 
 // Of a tangent pass (see tangent.cuh): what forward was given and left where it is taken, and what changes beside h and
-// c. All but y, gates and cells may be null.
+// c. What is const but y, gates and cells may be null.
 template <class S>
 struct TangentDirection {
   Rows<const S> y, gates;
@@ -66,6 +66,7 @@ struct TangentDirection {
   const S* c0;
   Rows<const S> dwx, drh;  // [rows, G * H]: of wx, and of rh at a constant h_prev
   Rows<const S> dy;        // [rows, P]: of h at a constant state before the projection
+  Rows<S> drh_out;         // [rows, G * H]: of rh
 };
 
 template <class S>

@@ -80,14 +80,16 @@ struct TangentCells {
     A rh[gates];
     sums(rh);
 #pragma unroll
-    for (int g = 0; g < gates; ++g) rh[g] += from.drh[g];
-    const State<A> change = tangent<Cell>(from.saved, from.before, from.now, from.dwx, rh, State<A>{h[e.i], c[e.i]});
+    for (int g = 0; g < gates; ++g) from.drh[g] += rh[g];
+    const State<A> change = tangent<Cell>(from.saved, from.before, from.now, from.dwx, from.drh, {h[e.i], c[e.i]});
     c[e.i] = change.c;
     return h[e.i] = p.projected ? change.h : change.h + from.dy;
   }
   FUSEDRNN_DEVICE S projected(const Element& e, A sum) const { return sum + of[e.i].dy; }
 
   FUSEDRNN_DEVICE void save(const Element& e) const {
+#pragma unroll
+    for (int g = 0; g < gates; ++g) d.tangent.drh_out.at(first_row + e.n)[g * p.H + e.unit] = of[e.i].drh[g];
     if constexpr (Cell::has_c) {
       d.cells.at(first_row + e.n)[e.unit] = c[e.i];
       if (e.n >= next_batch) d.c_n[e.n * p.H + e.unit] = c[e.i];
