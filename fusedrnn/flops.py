@@ -2,7 +2,8 @@
 
 As torch counts its own: two for each multiply-add of a matrix product, none for the gates' elementwise math.
 Every row of x is multiplied with every weight matrix once; backward, each of these products has one for the
-gradient of the matrix, if that is needed, and one for the gradient of what it was multiplied with.
+gradient of the matrix, if that is needed, and one for the gradient of what it was multiplied with. The tangent and the
+adjoint ops have those of the recurrent matrices alone.
 """
 
 from __future__ import annotations
@@ -42,6 +43,20 @@ def _backward(
     return _layer_backward(math.prod(x[:-1]), weights, directions, needs)
 
 
+def _recurrent(x: Shape, h0: Any, c0: Any, weights: Sequence[Shape], batch_sizes: Any, directions: int) -> int:
+    each = len(weights) // directions
+    products = [math.prod(w) for i, w in enumerate(weights) if len(w) == 2 and i % each]
+    return 2 * math.prod(x[:-1]) * sum(products)
+
+
+def _tangent(*arguments: Any, **_: Any) -> int:
+    return _recurrent(*arguments[5:11])
+
+
+def _adjoint(*arguments: Any, **_: Any) -> int:
+    return _recurrent(*arguments[4:10])
+
+
 def _stack_backward(
     dy: Any, dh_n: Any, dc_n: Any, x: Shape, h0: Any, c0: Any, weights: Sequence[Shape],
     layers: int, chunk: int, y: Any, saved: Any, needs: Sequence[int], *_: Any, **__: Any,
@@ -53,6 +68,7 @@ def _stack_backward(
 
 def register() -> None:
     formulas: dict[str, Callable[..., int]] = {"_backward": _backward, "_stack_backward": _stack_backward}
+    formulas |= {"_tangent": _tangent, "_adjoint": _adjoint}
     formulas |= dict.fromkeys(("", "_inference", "_step", "_advance", "_stack"), _forward)
     for cell in ops.CELLS:
         for suffix, formula in formulas.items():

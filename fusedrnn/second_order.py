@@ -73,9 +73,13 @@ class Linearised:
         drh = drh if drh.numel() else dwx
         steps = [own.by_itself((dwx, drh, dh, dc), (self._drh, dy, dcells)) for own in self._directions]
         starts, before = zip(*[zip(*step, strict=True) for step in steps], strict=True)
-        before_h, *before_c = (torch.stack(s, 1) for s in zip(*before, strict=True))
+        before_h, *before_c = map(_side_by_side, zip(*before, strict=True))
         dwx, drh, dh, _, *dstarts = ops.adjoint[self._cell](
-            before_h.view_as(dy), None, None, (*before_c, None)[0], *self._layer, self._tf32
+            before_h.view_as(dy),  # type: ignore[union-attr]
+            *(None, None),
+            *(*before_c, None)[:1],
+            *self._layer,
+            self._tf32,
         )
         drh = drh if drh.numel() else dwx
         for total, own in zip(dstarts, zip(*starts, strict=True), strict=False):
@@ -165,7 +169,9 @@ class _Direction:
 
     def gradients(self, carried: Sequence[Tensor], want_x: bool, wanted: Weights) -> tuple[Any, Weights]:
         """In x and the weights; ``carried`` is what came from later steps to ``wx, rh, y``."""
-        wx, rh = self._wx + carried[0][:, self._d], self._rh + carried[1][:, self._d]
+        wx, rh = self._wx.add_(carried[0][:, self._d]), self._rh
+        if rh is not wx:
+            rh.add_(carried[1][:, self._d])
         dweights = Weights(
             _outer(wx, self._x, self._by_wx, self._dx) if wanted.w_ih else None,
             _outer(rh, self._h_prev, self._by_rh, self._dh_prev) if wanted.w_hh else None,
@@ -247,4 +253,6 @@ def _outer(second: Tensor, a: Tensor, first: Tensor, da: Tensor | None) -> Tenso
 def _side_by_side(parts: Sequence[Tensor | None], dim: int = 1) -> Tensor | None:
     """One dimension more, for the directions; None is zeros, or None if all are."""
     some = next((p for p in parts if p is not None), None)
-    return None if some is None else torch.stack([torch.zeros_like(some) if p is None else p for p in parts], dim)
+    if some is None or len(parts) == 1:
+        return None if some is None else some.unsqueeze(dim)
+    return torch.stack([torch.zeros_like(some) if p is None else p for p in parts], dim)

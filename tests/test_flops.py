@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers import make_inputs, variant
 from test_gradients import MODULES, flat, make_modules
 from torch.nn.utils.rnn import pack_sequence
 from torch.utils.flop_counter import FlopCounterMode
@@ -63,6 +64,16 @@ def test_what_is_not_needed_is_not_counted(device):
     module.requires_grad_(False)
     y, _ = module(x)
     assert flops(lambda: y.sum().backward()) == w_ih + w_hh
+
+
+def test_linear_ops(device):
+    """Along a direction and back, as many as the recurrence forward."""
+    inputs = make_inputs(variant("lstm_proj", T=T, N=N, I=I, H=H, directions=2), device)
+    y, _, _, gates, cells = ops.forward["lstm"](*inputs.arguments(), True)
+    saved = (*inputs.arguments(), y, gates, cells)
+    expected = 2 * 2 * T * N * (4 * H * y.shape[-1] // 2 + H * y.shape[-1] // 2)
+    assert flops(lambda: ops.tangent["lstm"](None, None, y, None, None, *saved)) == expected
+    assert flops(lambda: ops.adjoint["lstm"](y, None, None, None, *saved)) == expected
 
 
 @pytest.mark.parametrize("name", ["lstm", "gru"])

@@ -15,8 +15,10 @@ TESTS = [
     "tests/test_ops.py",
     "tests/test_cuda.py",
     "tests/test_stack.py",
+    "tests/test_second_order.py",
     "-k",
-    "test_plans_agree or test_tf32 or (test_ragged_shapes and bfloat16) or (test_a_wave and cluster)",
+    "test_plans_agree or test_tf32 or (test_ragged_shapes and bfloat16) or (test_a_wave and cluster)"
+    " or (test_linear_ops and stepwise)",
 ]
 
 KEEP = "a_row({} + lane() / 4) + k_of(i)"
@@ -89,6 +91,14 @@ MUTANTS = [
     ("a transposed factor isn't turned", "products.cuh", "int(pitch), turned != 0}", "int(pitch), false}"),
     ("the wrong rows of the weights are kept", "tile.cuh", *swap(KEEP, "16 * m + 8 * half", "16 * m")),
     ("rows that start late lose their h0", "forward.cuh", "h0 && i < 2", "h0 && i < 1"),
+    ("tangent: rh's own change is lost", "tangent.cuh", "from.drh[g] += rh[g];", "from.drh[g] = rh[g];"),
+    (
+        "tangent: c before the step is that after it",
+        "tangent.cuh",
+        "t.cells.at(r_before)[e.unit]",
+        "t.cells.at(r)[e.unit]",
+    ),
+    ("adjoint: dc of the step before", "elements.cuh", "d.dc_all.at(first_row + e.n)[e.unit] = A(upstream.c);", ";"),
     ("wave: a chunk doesn't wait for the layer before", "stack.cuh", "if (i > 0) fork.wait(i, i - 1);", ""),
     (
         "wave: h isn't left for the next launch",
