@@ -155,6 +155,8 @@ class LayerBackward(_Function):
     @staticmethod
     @raises_out_of_memory
     def backward(ctx: Any, *ggs: Tensor | None) -> tuple[Any, ...]:
+        if all(gg is None for gg in ggs):
+            return (None,) * len(ctx.needs_input_grad)
         y, gates, cells, *tensors = ctx.saved_tensors
         batch_sizes, wanted = kept_batch_sizes(ctx), ctx.needs_input_grad[_FIXED:]
         if forward_ad._current_level >= 0 or vmap.is_legacy(*ggs):

@@ -2,7 +2,7 @@
 
 These functions take the arguments of the ops (see :mod:`fusedrnn.ops`), work in any floating dtype
 and on any device, and are differentiable to any order. They are slow. The tests compare the kernels
-with them in float64, and second and higher derivatives are taken through them.
+with them in float64, and third and higher derivatives are taken through them.
 
 Symbols: T steps, N batch, D directions, I input size, H hidden size, P = size of h (H, or the
 projection's size), G gates of a cell (in PyTorch's order), ``wx = x W_ih^T + b_ih`` and

@@ -3,12 +3,13 @@
 A layer takes ``s_t = F(wx_t, rh_t, s_{t-1})`` step by step, where s is the state (h and the LSTM's c), ``wx = x W_ih^T
 + b_ih``, ``rh = h_prev W_hh^T + b_hh`` and F is the cell, element by element. Where the arguments change by ``dx, dW,
 ...``, the states change by ``ds_t = dF (dwx_t, drh_t, ds_{t-1})``: that is the tangent op. A loss whose gradients in y
-are ``g_t`` has the gradients ``a_t = g_t + (dF)^T a_{t+1}`` in the states: that is the adjoint op.
+are ``g_t`` has the gradients ``a_t = g_t + (dF)^T a_{t+1}`` in the states, and ``(dF)^T a_t`` in wx and rh: that is the
+adjoint op.
 
 The gradient of a gradient, along those changes, is that of ``sum(g * ds)`` (Pearlmutter 1994). In g it is ``ds``. In
-the arguments, each step adds what its own second derivative makes of ``a_t`` and the changes, and the backward op
+the arguments, each step adds what its own second derivative makes of ``a_t`` and the changes, and the adjoint op
 carries that to the steps before. Second derivatives of F concern one step alone: the curvature op takes those of all
-steps at once.
+steps at once. The rest is matrix products of all steps.
 """
 
 from __future__ import annotations
@@ -55,10 +56,15 @@ class Linearised:
         y, gates, cells = map(promote, saved)
         self._cell, self._tf32 = cell, ops.tf32(x)
         self._layer = (x, h0, c0, weights, batch_sizes, directions, y, gates, cells)
-        self._directions = [_Direction(cell, d, self._layer, (dx, dh0, dc0, dweights)) for d in range(directions)]
-        dwx, drh, dy = map(_side_by_side, zip(*[own.sources() for own in self._directions], strict=True))
+        with self._full_precision():
+            self._directions = [_Direction(cell, d, self._layer, (dx, dh0, dc0, dweights)) for d in range(directions)]
+            dwx, drh, dy = map(_side_by_side, zip(*[own.sources() for own in self._directions], strict=True))
         dy = None if dy is None else dy.view_as(y)
         *self.results, self._drh = ops.tangent[cell](dwx, drh, dy, dh0, dc0, *self._layer, self._tf32)
+
+    def _full_precision(self) -> torch.autocast:
+        """For products in a backward pass that runs under autocast."""
+        return torch.autocast(self._layer[0].device.type, enabled=False)
 
     @staticmethod
     def possible(arguments: Sequence[Any]) -> bool:
@@ -68,6 +74,10 @@ class Linearised:
 
     def gradients(self, upstream: Sequence[Tensor | None], wanted: Sequence[bool]) -> list[Tensor | None]:
         """Those of ``sum(upstream * results)`` in ``x, h0, c0, *weights`` that are wanted."""
+        with self._full_precision():
+            return self._gradients(upstream, wanted)
+
+    def _gradients(self, upstream: Sequence[Tensor | None], wanted: Sequence[bool]) -> list[Tensor | None]:
         dy, _, _, dcells = self.results
         dwx, drh, dh, dc, *_ = ops.adjoint[self._cell](*map(promote, upstream), *self._layer, self._tf32)
         drh = drh if drh.numel() else dwx
@@ -116,15 +126,6 @@ class Weights(NamedTuple):
     def listed(self, count: int) -> list[Any]:
         """As the ops take them, if there are ``count``."""
         return [*self[:2], *(self[2:4] if count > 3 else ()), *(self[4:] if count % 2 else ())]
-
-
-class _Part(NamedTuple):
-    """What one direction adds to the gradients: of the states before its steps, of h0 and c0, and of the rest."""
-
-    before: Sequence[Tensor]
-    starts: Sequence[Tensor]
-    dx: Any
-    dweights: Weights
 
 
 class _Direction:

@@ -206,6 +206,23 @@ def test_second_order_and_checkpoints(device):
 
 
 @pytest.mark.parametrize("name, options", MODULES)
+def test_second_order_in_a_region(name, options, device):
+    """Both backward passes inside of it: as outside."""
+    module = make_modules(name, input_size=3, hidden_size=5, **options)[0].to(device)
+    x, leaves = torch.randn(4, 2, 3, device=device), list(module.parameters())
+
+    def penalty(inside):
+        with torch.autocast(device.type, torch.bfloat16):
+            loss = module(x)[0].float().sum()
+        with torch.autocast(device.type, torch.bfloat16, enabled=inside):
+            gradients = torch.autograd.grad(loss, leaves, create_graph=True)
+            return torch.autograd.grad(sum(g.square().sum() for g in gradients), leaves)
+
+    for one, other in zip(penalty(True), penalty(False), strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2 * other.abs().max().item())
+
+
+@pytest.mark.parametrize("name, options", MODULES)
 def test_grad_scaler(name, options, device):
     """float16 with a scaled loss: it learns, the gradients are those of the loss, an overflow skips the step."""
     model = nn.Sequential(make_modules(name, input_size=3, hidden_size=16, **options)[0]).to(device)

@@ -55,8 +55,12 @@ def perturbations(case, device, seed=2):
 
 
 def linear_op(case, name):
-    op = layer_op(f"{case.cell}_{name}")
-    return lambda *given: op(*given)
+    return layer_op(f"{case.cell}_{name}")
+
+
+def on_cpu(results):
+    """Where the reference is."""
+    return {name: t.cpu() for name, t in results.items()}
 
 
 def of_every_step(case, dh, inputs):
@@ -104,7 +108,7 @@ def test_linear_ops(name, shape, dtype, ragged, device, capability):
 
     _, expected = jvp(results, (*zeros[:3], *states), along)
     assert_close_to_reference(
-        dict(enumerate(found)), None, dict(enumerate(t for t in expected)), what=f"tangent {case}", slack=4
+        on_cpu(dict(enumerate(found))), None, dict(enumerate(expected)), what=f"tangent {case}", slack=4
     )
 
     upstream = make_gradients(case, device)
@@ -127,7 +131,7 @@ def test_linear_ops(name, shape, dtype, ragged, device, capability):
     if starts:
         found |= dict(zip(("dh0", "dc0"), (dh0, dc0)[: len(starts)], strict=False))
         expected |= dict(zip(("dh0", "dc0"), by_starts, strict=False))
-    assert_close_to_reference(found, None, expected, what=f"adjoint {case}", slack=4)
+    assert_close_to_reference(on_cpu(found), None, expected, what=f"adjoint {case}", slack=4)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -187,7 +191,7 @@ def test_curvature_op(cell, H, dtype, changing, device, capability):
         results["dby_c"], expected["dby_c"] = dby_c, second[3]
     for empty in (dby_rh, dby_h) if cell != "gru" else (dby_c,):
         assert empty.shape == (0,)
-    assert_close_to_reference(results, None, expected, what=cell, slack=4)
+    assert_close_to_reference(on_cpu(results), None, expected, what=cell, slack=4)
 
 
 def test_linear_ops_refuse(device):
@@ -271,7 +275,7 @@ def test_gradients_of_gradients(name, options, packed, dtype, device):
     wide = getattr(nn, name)(**options).double()
     wide.load_state_dict({k: v.cpu().double() for k, v in module.state_dict().items()})
     # cuDNN has no second derivatives, and on a CPU torch.nn has them in 16 bits with less than their accuracy.
-    found = penalty(module, x.clone().requires_grad_(), sizes)
+    found = on_cpu(penalty(module, x.clone().requires_grad_(), sizes))
     nn_result = None if device.type == "cuda" else penalty(theirs, x.clone().requires_grad_(), sizes)
     expected = penalty(wide, x.cpu().double().requires_grad_(), sizes)
     slack = 1 if nn_result is not None else 4

@@ -47,8 +47,10 @@ class BackwardPass {
       if (!exists) return empty({0}, dtype, x);
       return has_padding ? zeros(shape, dtype, x) : empty(shape, dtype, x);
     };
-    drh = scratch(true, {l.rows, D, width}, width != G * H, l.dtype);
-    dwx = apart ? scratch(true, {l.rows, D, width}, width != G * H, l.dtype) : drh;
+    const auto of_gates = [&] { return scratch(true, {l.rows, D, width}, width != G * H, l.dtype); };
+    const bool in_place = every && width == G * H;
+    dwx = in_place ? std::get<0>(*every) : of_gates();
+    drh = !apart ? dwx : in_place ? std::get<1>(*every) : of_gates();
     dh = scratch(l.projected, {l.rows, D, p_width}, p_width != P, l.dtype);
     dh_direct = scratch(Cell::carries_h, l.h_shape(), false, l.accumulator());
     dc = scratch(l.has_c, l.c_shape(), false, l.accumulator());
@@ -98,6 +100,7 @@ class BackwardPass {
   // What `every` gets beside what the kernels write to it; after all steps.
   void gradients_of_every_step() const {
     const auto copy = [](Tensor to, const Tensor& from, int64_t width) {
+      if (to.data_ptr() == from.data_ptr()) return;
       to = stable::reshape(to, {from.size(0), from.size(1), width});
       stable::copy_(to, fusedrnn::narrow(from, 2, 0, width));
     };
