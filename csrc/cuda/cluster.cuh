@@ -193,7 +193,7 @@ backward_cluster(const Backward<typename Math::Storage> p) {
     };
     // If there is a step after the last, another launch has done it and left its drh.
     const int64_t start = at.row < d.steps.rows(last + 1).batch ? last + 1 : last;
-    BackwardCells<Cell, Math, ClusterPlace<1>> cells(p, d, at, start);
+    BackwardCells<Cell, Math, ClusterPlace<1>, false> cells(p, d, at, start);
     sync_cluster();
 
     for (int64_t s = start; s >= first; --s) {

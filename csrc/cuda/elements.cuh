@@ -147,8 +147,9 @@ struct ElementsOf {
 };
 
 // The backward pass of a thread's elements. Rows come in at their last step, with dh_n and dc_n, and leave one step
-// before their first, with dh0 and dc0.
-template <class Cell, class Math, class Place>
+// before their first, with dh0 and dc0. `writes_states`: to memory too, where dh and dc_all aren't null; that takes
+// registers.
+template <class Cell, class Math, class Place, bool writes_states>
 struct BackwardCells {
   using S = typename Math::Storage;
   using A = Accumulator<S>;
@@ -239,9 +240,13 @@ struct BackwardCells {
     if constexpr (Cell::has_c) {
       prev.c = from.c_prev, now.c = from.c;
       upstream.c = (e.n < next_batch ? dc[e.i] : value(d.dc_n, e.n * p.H + e.unit)) + from.dcells;
-      if (d.dc_all) d.dc_all.at(first_row + e.n)[e.unit] = A(upstream.c);
+      if constexpr (writes_states) {
+        if (d.dc_all) d.dc_all.at(first_row + e.n)[e.unit] = A(upstream.c);
+      }
     }
-    if (d.dh && !p.projected) d.dh.at(first_row + e.n)[e.unit] = narrow<S>(dh);
+    if constexpr (writes_states) {
+      if (d.dh && !p.projected) d.dh.at(first_row + e.n)[e.unit] = narrow<S>(dh);
+    }
     const State<Number> dprev = Cell::backward(saved, prev, now, upstream, dwx, drh);
 #pragma unroll
     for (int g = 0; g < gates; ++g) {

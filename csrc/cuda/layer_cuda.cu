@@ -83,7 +83,9 @@ AdjointResult adjoint(const Layer& l, const BackwardArguments& a) {
     return every;
   }
   const OnDevice device(a.x.get_device_index());
-  const Plan plan = find_plan<Cell, Math>(request<Math>(l, true), 1);
+  PlanRequest wanted = request<Math>(l, true);
+  wanted.tensor_cores = false;  // kernels whose weights stay on the chip have no registers for more results
+  const Plan plan = find_plan<Cell, Math>(wanted, 1);
   BackwardPass<Cell, Math> pass(l, a, need_dh0 | need_dc0, to, device.stream(), &every);
   pass.run(plan, 0, l.T, device.stream());
   pass.gradients_of_every_step();

@@ -202,14 +202,14 @@ class Split<Tile, 1> {
 };
 
 // drh W_hh of the step after, then the cell's derivative.
-template <class Cell, class Math, int n_tiles, int n_warps, int divide_k>
+template <class Cell, class Math, int n_tiles, int n_warps, int divide_k, bool writes_states>
 struct BackwardStep {
   using S = typename Math::Storage;
   using A = Accumulator<S>;
   using Product = Tile<Math, divide_k, n_tiles, n_warps>;
   using Projection = Tile<Math, 1, n_tiles, n_warps>;
   using Place = TilePlace<Product>;
-  using Cells = BackwardCells<Cell, Math, Place>;
+  using Cells = BackwardCells<Cell, Math, Place, writes_states>;
   using Split = cuda::Split<Product, divide_k>;
 
   // Rows of the tile's weights, from the block's part of k on.
@@ -279,7 +279,7 @@ template <class Cell, class Math, int n_tiles, int n_warps, bool resident, int d
 FUSEDRNN_KERNEL(block_size)
 backward_kernel(const Backward<typename Math::Storage> p) {
   if constexpr (divide_k == 1 || has_clusters) {
-    using Step = BackwardStep<Cell, Math, n_tiles, n_warps, divide_k>;
+    using Step = BackwardStep<Cell, Math, n_tiles, n_warps, divide_k, !resident>;
     using Tile = typename Step::Product;
     const auto at = place<Tile>();
     const auto& d = p.direction[at.direction];
