@@ -177,7 +177,9 @@ class Plan:
             *self.torch_headers,
         ]
         rule = self.ninja.rule("nvcc", words)
-        objects = [self.ninja.object(source, rule) for source in sorted(Path("csrc/cuda").glob("*.cu"))]
+        # The cells first: they take longest, and the last one to begin should not.
+        sources = sorted(Path("csrc/cuda").glob("*.cu"), key=lambda source: (source.stem == "layer_cuda", source))
+        objects = [self.ninja.object(source, rule) for source in sources]
         # The CUDA runtime is linked in, so that the toolkit need not be the one torch was built with.
         words = [*nvcc.command, "-shared", "-cudart", "static", "-o", "$out", "$in"]
         for word in ("--as-needed", "-soname=libfusedrnn_cuda.so", "-rpath=$ORIGIN"):

@@ -1,4 +1,4 @@
-// The time loop of each cell and way to multiply, instantiated in lstm.cu, gru.cu and rnn.cu.
+// The time loop of each cell and way to multiply, instantiated in <cell>.cu.
 #pragma once
 
 #include "params.h"

@@ -3,6 +3,5 @@
 #include "launch.cuh"
 
 namespace fusedrnn::cuda {
-FUSEDRNN_INSTANTIATE(RNNTanh)
 FUSEDRNN_INSTANTIATE(RNNRelu)
 }  // namespace fusedrnn::cuda
