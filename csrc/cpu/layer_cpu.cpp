@@ -25,8 +25,13 @@ constexpr CellKind kind_of() {
   }
 }
 
-// Rows may be strided, columns not.
-Tensor dense_columns(const Tensor& t) { return t.size(t.dim() - 1) <= 1 || t.stride(t.dim() - 1) == 1 ? t : dense(t); }
+// Rows may be strided, columns not. A copy, as of a sum's upstream gradient, is as large as a result.
+template <class S>
+Tensor dense_columns(const Tensor& t) {
+  if (t.size(t.dim() - 1) <= 1 || t.stride(t.dim() - 1) == 1) return t;
+  Tensor copy = empty_kept<S>({t.sizes().begin(), t.sizes().end()}, t.scalar_type(), t);
+  return torch::stable::copy_(copy, t);
+}
 
 template <class S>
 Rows<const S> strided_rows(const Layer& l, const Tensor& t) {
@@ -77,7 +82,7 @@ void run_forward(const Layer& l, const Tensor& x, const MaybeTensor& h0, const M
 template <class Cell, class S>
 ForwardResult forward(const Layer& l, const Tensor& x_, const MaybeTensor& h0_, const MaybeTensor& c0_,
                       const std::vector<Tensor>& weights_, bool save) {
-  const Tensor x = dense_columns(x_);
+  const Tensor x = dense_columns<S>(x_);
   const MaybeTensor h0 = dense(h0_), c0 = dense(c0_);
   const std::vector<Tensor> weights = dense(weights_);
   const std::vector<int64_t> none{0};
@@ -103,7 +108,7 @@ std::vector<Tensor> infer(const Layer& l, const Tensor& x, const MaybeTensor& h0
   if (nothing_to_do(l))
     results_without_work(l, h0, c0, results);
   else
-    run_forward<Cell, S>(l, dense_columns(x), dense(h0), dense(c0), dense(weights), false, results);
+    run_forward<Cell, S>(l, dense_columns<S>(x), dense(h0), dense(c0), dense(weights), false, results);
   return l.has_c ? std::vector<Tensor>{y, h_n, c_n} : std::vector<Tensor>{y, h_n};
 }
 
@@ -116,7 +121,7 @@ void advance(const Layer& l, const Tensor& x_, const Tensor& h, const MaybeTenso
     if (l.rows > 0) copy_or_zero(y, {}), copy_or_zero(h, {});
     return;
   }
-  const Tensor x = dense_columns(overlap(x_, y) ? torch::stable::clone(x_) : x_);  // x may be an earlier result
+  const Tensor x = dense_columns<S>(overlap(x_, y) ? torch::stable::clone(x_) : x_);  // x may be an earlier result
   const std::vector<Tensor> weights = dense(weights_);
   const int64_t h_size = l.N * l.P, c_size = l.has_c ? l.N * l.H : 0, y_size = l.rows * l.P;
   S *h_n, *c_n, *between[2];
@@ -195,8 +200,8 @@ TangentResult tangent(const Layer& l, const TangentArguments& a) {
 template <class Cell, class S>
 BackwardResult backward(const Layer& l, const BackwardArguments& a, int64_t needs,
                         const AdjointResult* every = nullptr) {
-  const Tensor x = dense_columns(a.x), y = dense(a.y), gates = dense(a.gates), cells = dense(a.cells);
-  const MaybeTensor dy = a.dy ? MaybeTensor(dense_columns(*a.dy)) : a.dy;
+  const Tensor x = dense_columns<S>(a.x), y = dense(a.y), gates = dense(a.gates), cells = dense(a.cells);
+  const MaybeTensor dy = a.dy ? MaybeTensor(dense_columns<S>(*a.dy)) : a.dy;
   const MaybeTensor dh_n = dense(a.dh_n), dc_n = dense(a.dc_n), dcells = dense(a.dcells);
   const MaybeTensor h0 = dense(a.h0), c0 = dense(a.c0);
   const std::vector<Tensor> weights = dense(a.weights);
