@@ -79,19 +79,11 @@ class Linearised:
 
     def _gradients(self, upstream: Sequence[Tensor | None], wanted: Sequence[bool]) -> list[Tensor | None]:
         dy, _, _, dcells = self.results
-        dwx, drh, dh, dc, *_ = ops.adjoint[self._cell](*map(promote, upstream), *self._layer, self._tf32)
-        drh = drh if drh.numel() else dwx
+        dwx, drh, dh, dc, *_ = self._adjoint(*map(promote, upstream))
         steps = [own.by_itself((dwx, drh, dh, dc), (self._drh, dy, dcells)) for own in self._directions]
         starts, before = zip(*[zip(*step, strict=True) for step in steps], strict=True)
-        before_h, *before_c = map(_side_by_side, zip(*before, strict=True))
-        dwx, drh, dh, _, *dstarts = ops.adjoint[self._cell](
-            before_h.view_as(dy),  # type: ignore[union-attr]
-            *(None, None),
-            *(*before_c, None)[:1],
-            *self._layer,
-            self._tf32,
-        )
-        drh = drh if drh.numel() else dwx
+        before_h, before_c = (*map(_side_by_side, zip(*before, strict=True)), None)[:2]
+        dwx, drh, dh, _, *dstarts = self._adjoint(before_h.view_as(dy), None, None, before_c)  # type: ignore[union-attr]
         for total, own in zip(dstarts, zip(*starts, strict=True), strict=False):
             total += torch.stack(own)
         wants = ops.of_layers(wanted[3:], len(self._directions))
@@ -106,6 +98,11 @@ class Linearised:
             *[dw for (_, own), want in zip(parts, wants, strict=True) for dw in own.listed(len(want))],
         ]
         return [g if want else None for g, want in zip(found, wanted, strict=True)]
+
+    def _adjoint(self, *upstream: Tensor | None) -> list[Tensor]:
+        """The adjoint op's results, drh also where it is dwx."""
+        dwx, drh, *rest = ops.adjoint[self._cell](*upstream, *self._layer, self._tf32)
+        return [dwx, drh if drh.numel() else dwx, *rest]
 
 
 class Weights(NamedTuple):
@@ -202,12 +199,12 @@ class _Before:
     """Which state each row of a direction goes on from: a start or another row's."""
 
     def __init__(self, y: Tensor, batch_sizes: Tensor | None, reverse: bool) -> None:
-        self._rows, self._reverse, self._index = y.shape[:-1].numel(), reverse, None
+        self._reverse, self._index = reverse, None
         self._batch = y.shape[-2] if batch_sizes is None else int(batch_sizes[0])
         if batch_sizes is not None:
             first = batch_sizes.cumsum(0) - batch_sizes
             step = torch.arange(len(batch_sizes), device="cpu").repeat_interleave(batch_sizes)
-            entry = torch.arange(self._rows, device="cpu") - first[step]
+            entry = torch.arange(y.shape[:-1].numel(), device="cpu") - first[step]
             before = step + 1 if reverse else step - 1
             sizes = torch.cat((batch_sizes, batch_sizes.new_zeros(1)))  # the last one for no such step
             follows = entry < sizes[before]
